@@ -1,0 +1,112 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"io"
+	"strconv"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"machpager/region"
+)
+
+func newList() *cobra.Command {
+	var socket string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "ls",
+		Short: "List the memory objects of a pager",
+		Long:  "Lists the memory objects of a pager (default_pager_objects): sizes in bytes. It lists no ports: those are capabilities.",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			p, err := dial(c.Context(), socket)
+			if err != nil {
+				return err
+			}
+			defer p.Close()
+			list, err := p.Objects(c.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return writeJSON(c.OutOrStdout(), list)
+			}
+			return writeObjects(c.OutOrStdout(), list)
+		},
+	}
+	socketFlag(c, &socket)
+	jsonFlag(c, &asJSON)
+	return c
+}
+
+func writeObjects(w io.Writer, list []region.ObjectInfo) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "OBJECT\tSIZE\tPAGE\tRESIDENT\tSTORED\tMAPPINGS\t")
+	for _, o := range list {
+		fmt.Fprintf(t, "%d\t%d\t%d\t%d\t%d\t%d\t\n", o.ID, o.Size, o.PageSize, o.Resident, o.Stored, o.Mappings)
+	}
+	return t.Flush()
+}
+
+func newInfo() *cobra.Command {
+	var socket string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "info",
+		Short: "Tell how a pager is doing, and what it is permitted to do",
+		Long: `Tells what a pager has in memory and in paging space (default_pager_info), in bytes, and its privilege tier:
+
+  A  root, or CAP_SYS_PTRACE and CAP_SYS_ADMIN: everything
+  B  vm.unprivileged_userfaultfd=1, or permission on /dev/userfaultfd: everything, without a tmpfs that Linux does not swap
+  C  neither: plain touches only; system calls on missing memory fail with EFAULT`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			p, err := dial(c.Context(), socket)
+			if err != nil {
+				return err
+			}
+			defer p.Close()
+			info, err := p.Info(c.Context())
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return writeJSON(c.OutOrStdout(), info)
+			}
+			return writeInfo(c.OutOrStdout(), info)
+		},
+	}
+	socketFlag(c, &socket)
+	jsonFlag(c, &asJSON)
+	return c
+}
+
+func writeInfo(w io.Writer, i region.Info) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	row := func(name string, value any) { fmt.Fprintf(t, "%s\t%v\n", name, value) }
+	amount := func(n int64) string { // -1: unknown
+		if n < 0 {
+			return "-"
+		}
+		return strconv.FormatInt(n, 10)
+	}
+	row("machpager", i.Version)
+	row("linux", i.Kernel)
+	row("tier", i.Tier+": "+i.TierText)
+	row("pager", i.PagerPID)
+	row("guardian", i.GuardianPID)
+	row("frames", i.Frames)
+	row("budget", amount(i.Budget))
+	row("resident", amount(i.Resident))
+	row("resident (kernel)", amount(i.KernelResident))
+	row("paging space", amount(i.PagingTotal))
+	row("paging space free", amount(i.PagingFree))
+	row("page sizes", fmt.Sprintf("%d to %d", i.MinPageSize, i.MaxPageSize))
+	row("tasks", i.Tasks)
+	row("objects", i.Objects)
+	row("mappings", i.Mappings)
+	return t.Flush()
+}

@@ -1,0 +1,88 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/ipc"
+	"machpager/pager/emm"
+	"machpager/pager/store"
+	"machpager/pager/store/file"
+	"machpager/pager/store/files"
+)
+
+// Paging files are added, removed and listed while the pager serves (default_pager_backing_store_create, _delete, _info).
+
+// errNoFiles says that paging space is no files.
+func (d *Daemon) errNoFiles() error {
+	return fmt.Errorf("paging space is %s, not files: start the pager with paging space of the kind %s or %s: %w", d.config.Store, StoreFile, StoreTiered, unix.EOPNOTSUPP)
+}
+
+func (s *session) createBacking(m *ipc.Message) (ipc.Reply, error) {
+	q, tail, err := ipc.Decode[ipc.BackingStoreCreate](m.Body)
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	dir := string(tail)
+	switch err := s.operator(); {
+	case err != nil:
+		return ipc.Reply{}, fmt.Errorf("create paging file: %w", err)
+	case s.d.backing == nil:
+		return ipc.Reply{}, fmt.Errorf("create paging file: %w", s.d.errNoFiles())
+	case dir != "" && !filepath.IsAbs(dir):
+		return ipc.Reply{}, fmt.Errorf("create paging file: directory %q: want an absolute path: %w", dir, emm.InvalidArgument)
+	case q.Capacity < 0 || q.Flags&^ipc.BackingStorePreallocate != 0:
+		return ipc.Reply{}, fmt.Errorf("create paging file: %d bytes, flags %#x: %w", q.Capacity, q.Flags, emm.InvalidArgument)
+	case dir == "":
+		dir = s.d.config.Dir
+	}
+	id, err := addFile(s.d.backing, file.Options{Dir: dir, Capacity: q.Capacity, Preallocate: q.Flags&ipc.BackingStorePreallocate != 0}, int(q.Priority))
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	s.log.Info("paging file added", "file", id, "dir", dir, "capacity", q.Capacity, "priority", q.Priority)
+	return ipc.Reply{Body: ipc.BackingStore{ID: uint32(id)}}, nil
+}
+
+func (s *session) deleteBacking(ctx context.Context, q ipc.BackingStore) error {
+	if err := s.operator(); err != nil {
+		return fmt.Errorf("delete paging file: %w", err)
+	}
+	if s.d.backing == nil {
+		return fmt.Errorf("delete paging file: %w", s.d.errNoFiles())
+	}
+	if q.ID == 0 || q.ID > files.MaxID {
+		return fmt.Errorf("delete paging file %d: want a number from 1 to %d: %w", q.ID, files.MaxID, emm.InvalidArgument)
+	}
+	if err := s.d.backing.Delete(ctx, files.ID(q.ID)); err != nil {
+		if errors.Is(err, store.ErrNoSpace) {
+			return fmt.Errorf("%w (add another one first, or end objects): %w", err, emm.NoSpace)
+		}
+		return err
+	}
+	s.log.Info("paging file removed", "file", q.ID)
+	return nil
+}
+
+// nextBacking describes the paging file after the one named.
+func (s *session) nextBacking(q ipc.BackingStore) (ipc.Reply, error) {
+	if s.d.backing == nil {
+		return ipc.Reply{Body: ipc.BackingStoreInfoReply{}}, nil
+	}
+	for _, f := range s.d.backing.Files() {
+		if uint32(f.ID) <= q.ID {
+			continue
+		}
+		r := ipc.BackingStoreInfoReply{ID: uint32(f.ID), Priority: int32(f.Priority), Total: f.Total, Used: f.Used, Free: f.Free,
+			Read: f.In * store.SlotSize, Written: f.Out * store.SlotSize, ReadErrors: f.InFailed, WriteErrors: f.OutFailed}
+		if f.Leaving {
+			r.Leaving = 1
+		}
+		return ipc.Reply{Body: r, Tail: []byte(f.Dir)}, nil
+	}
+	return ipc.Reply{Body: ipc.BackingStoreInfoReply{}}, nil
+}

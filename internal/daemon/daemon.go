@@ -1,0 +1,311 @@
+// Package daemon is the pager process: it puts frames, paging space, the default pager and the vm together, accepts tasks, and turns
+// their requests (package ipc) into calls of the vm.
+//
+// # Rights
+//
+// A task holds a right to an object by each handle and each mapping. A port is a name for an object that only who was told it can know, and no
+// right: with its last right the object ends, whoever has its port written down. All that a connection holds is given up when it ends.
+//
+// # A mapping's way in and out
+//
+// Map makes it and hands over the file; the task maps the memory, inaccessible, and registers it; MapReady looks whether it did, has the
+// guardian hold the range, and starts to serve; only then does the task make it accessible. So at no instant can a thread wait in a fault
+// that neither pager nor guardian know of. Unmap goes the other way. When a connection ends, the mappings that are left are handed to the guardian, for the
+// memory may live on in a process that only closed its socket.
+//
+// # Locks
+//
+//	mapping.mu       one mapping's way in and out; held across calls to the guardian
+//	  session.mu     handles, mappings and the task of one connection
+//	  objects.mu     objects by number and port, and their rights
+//	limits.mu        connections by user
+//
+// The last three are leaves. None is held across a manager's method or while a page is waited for.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/frames"
+	"machpager/internal/guardian"
+	"machpager/internal/ipc"
+	"machpager/internal/vm"
+	"machpager/pager"
+	"machpager/pager/emm"
+	"machpager/pager/store"
+	"machpager/pager/store/files"
+	"machpager/uffd"
+)
+
+// Manager is a memory manager that objects can ask for by name.
+type Manager struct {
+	Name string // not empty, nor "file": that is the built-in manager of objects over files
+	// Open makes the manager of one new object, with what the object's creator gave: an argument and perhaps a file, which is the manager's
+	// then. It may take its time; the manager's methods may not. A manager that is an io.Closer is closed after its Terminate. One with a method
+	// MaxProtection() emm.Prot that lacks emm.ProtWrite has objects that can only be mapped read-only. Package vnode makes managers.
+	Open func(ctx context.Context, arg string, file *os.File) (emm.Manager, error)
+}
+
+// Options for Run. Guardian is needed.
+type Options struct {
+	Config
+	Managers []Manager
+	Guardian *os.File // this process's end of the link to its guardian, hello read; stays the caller's
+	Client   *os.File // the socket of the task that this pager belongs to: when it ends, so does the pager. nil: none
+	Log      *slog.Logger
+}
+
+// minProcs is GOMAXPROCS at least: a manager that computes, or a collection, must not keep fault readers from running.
+const minProcs = 4
+
+// closeLimit bounds the end of a pager. What is left then is the guardian's.
+const closeLimit = 3 * time.Second
+
+// Daemon is a pager process.
+type Daemon struct {
+	config   Config              // immutable
+	managers map[string]*Manager // immutable
+	log      *slog.Logger        // immutable
+	guardian *guardian.Client    // immutable
+	tier     tier                // immutable
+	budget   int64               // immutable; bytes, at the start; frames knows what it is now
+	device   *os.File            // immutable; /dev/userfaultfd for tasks that may not open it; nil: none
+	frames   *frames.Pool
+	store    store.Store
+	backing  *files.Store // the part of store that is files; nil: none is
+	pager    *pager.Pager
+	vm       *vm.VM
+	probe    *prober
+	objects  objects
+	limits   limits
+
+	sessions sync.WaitGroup
+	ends     sync.WaitGroup // objects on their way out; added to by sessions only
+	lastID   atomic.Uint64  // number of the last session
+	stop     chan struct{}  // closed by drain
+	stopOnce sync.Once
+}
+
+// Run is the pager process. It returns nil when its client has gone (if it has one) or the guardian has asked it to stop and all tasks have left, and
+// everything is cleaned up.
+func Run(o Options) error {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if runtime.GOMAXPROCS(0) < minProcs {
+		runtime.GOMAXPROCS(minProcs)
+	}
+	d := &Daemon{config: o.Config, managers: map[string]*Manager{}, log: o.Log, tier: privilege(), stop: make(chan struct{})}
+	d.objects.init()
+	d.limits.init()
+	for i, m := range o.Managers {
+		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
+			return fmt.Errorf("start pager: memory manager %q: want a name of its own and an Open function", m.Name)
+		}
+		d.managers[m.Name] = &o.Managers[i]
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var own *net.UnixConn
+	if o.Client != nil {
+		var err error
+		if own, err = fileConn(o.Client); err != nil {
+			return fmt.Errorf("start pager: %w", err)
+		}
+	}
+	var listener *net.UnixListener
+	err := d.open(o.Guardian)
+	if err == nil && o.Socket != "" {
+		listener, err = listen(o.Socket, o.Group)
+	}
+	if err == nil {
+		err = d.guardian.Ready(ctx)
+	}
+	if err != nil {
+		err = fmt.Errorf("start pager: %w", err)
+		if own != nil {
+			refuse(own, err)
+		}
+		if listener != nil {
+			listener.Close()
+		}
+		d.close()
+		return err
+	}
+	d.log.Info("the pager serves", "pid", os.Getpid(), "guardian", os.Getppid(), "tier", string(d.tier.letter), "frames", d.frames.Kind().String(),
+		"budget", d.budget, "socket", o.Socket)
+
+	go func() {
+		select {
+		case <-d.guardian.Done():
+			d.log.Error("the guardian is gone: no new mappings; a crash of this pager would now leave threads waiting")
+		case <-ctx.Done():
+		}
+	}()
+	if listener != nil {
+		go d.accept(ctx, listener)
+	}
+	ended := make(chan struct{}) // the client's connection; cleaning up after it comes under closeLimit
+	if own != nil {
+		d.sessions.Go(func() { d.serve(ctx, own, func() { close(ended) }) })
+	}
+	select {
+	case <-ended:
+	case <-d.stop:
+	}
+	if listener != nil {
+		listener.Close()
+	}
+	if own == nil {
+		d.sessions.Wait() // they may leave in their own time: the guardian's patience is the limit
+	}
+	time.AfterFunc(closeLimit, func() {
+		d.log.Error("the pager does not come to its end: leaving what is left to the guardian")
+		os.Exit(1)
+	})
+	cancel()
+	d.sessions.Wait()
+	d.ends.Wait()
+	return d.close()
+}
+
+// drain is the guardian's Stop: no new tasks, and the end when the last has left.
+func (d *Daemon) drain() { d.stopOnce.Do(func() { close(d.stop) }) }
+
+// open makes everything that does not need a task. What it made when it fails is close's.
+func (d *Daemon) open(link *os.File) (err error) {
+	if err = uffd.HaveRequired(); err != nil {
+		return err
+	}
+	if d.guardian, err = guardian.NewClient(link, d.drain, d.log); err != nil {
+		return err
+	}
+	if d.probe, err = newProber(); err != nil {
+		return err
+	}
+	if d.config.GiveDevice {
+		if d.device, err = os.OpenFile(uffd.DevicePath, os.O_RDWR, 0); err != nil {
+			return fmt.Errorf("hand out %s: %w", uffd.DevicePath, err)
+		}
+	}
+	if d.budget = d.config.Resident; d.budget == 0 {
+		if d.budget, err = halfOfMemory(); err != nil {
+			return err
+		}
+	}
+	if d.budget < minResident {
+		return fmt.Errorf("%d bytes of resident memory: at least %d are needed: %w", d.budget, int64(minResident), emm.InvalidArgument)
+	}
+	if d.frames, err = frames.Open(frames.Options{Budget: d.budget, Kind: d.config.Frames, Log: d.log}); err != nil {
+		return err
+	}
+	withBudget := d.config
+	withBudget.Resident = d.budget
+	if d.store, d.backing, err = openStore(withBudget, d.log); err != nil {
+		return err
+	}
+	if d.pager, err = pager.New(pager.Options{Store: d.store, NewMemory: newMap, Log: d.log}); err != nil {
+		return err
+	}
+	d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: newTable, Log: d.log})
+	if err != nil {
+		return err
+	}
+	d.vm.SetDefaultManager(d.pager)
+	return nil
+}
+
+// close undoes open. No session is left.
+func (d *Daemon) close() error {
+	var errs []error
+	if d.vm != nil {
+		d.vm.Close()
+	}
+	if d.pager != nil {
+		errs = append(errs, d.pager.Close())
+	}
+	if d.store != nil {
+		errs = append(errs, d.store.Close())
+	}
+	if d.frames != nil {
+		errs = append(errs, d.frames.Close())
+	}
+	if d.device != nil {
+		errs = append(errs, d.device.Close())
+	}
+	if d.probe != nil {
+		d.probe.close()
+	}
+	if d.guardian != nil {
+		errs = append(errs, d.guardian.Close())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("end pager: %w", err)
+	}
+	return nil
+}
+
+// accept takes tasks until the listener is closed.
+func (d *Daemon) accept(ctx context.Context, l *net.UnixListener) {
+	for {
+		uc, err := l.AcceptUnix()
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			d.log.Warn("accept task", "err", err)
+			select {
+			case <-time.After(100 * time.Millisecond): // EMFILE does not pass at once
+				continue
+			case <-ctx.Done():
+				return
+			}
+		}
+		d.sessions.Go(func() { d.serve(ctx, uc, nil) })
+	}
+}
+
+// refuse answers the first request of the client with why there is no pager, so that it gets more than text.
+func refuse(uc *net.UnixConn, why error) {
+	conn, err := ipc.NewConn(uc)
+	if err != nil {
+		uc.Close()
+		return
+	}
+	told := make(chan struct{})
+	var once sync.Once
+	l := ipc.NewLink(conn, &ipc.LinkOptions{Handler: func(context.Context, *ipc.Message) (ipc.Reply, error) {
+		return ipc.Reply{Done: func() { once.Do(func() { close(told) }) }}, why
+	}})
+	select {
+	case <-told:
+	case <-l.Done():
+	case <-time.After(time.Second):
+	}
+	l.Close()
+}
+
+// fileConn makes a connection of an inherited socket; f stays the caller's.
+func fileConn(f *os.File) (*net.UnixConn, error) {
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, fmt.Errorf("take over the client's socket: %w", err)
+	}
+	uc, ok := c.(*net.UnixConn)
+	if !ok {
+		c.Close()
+		return nil, fmt.Errorf("take over the client's socket: it is no unix socket: %w", unix.EPROTOTYPE)
+	}
+	return uc, nil
+}

@@ -1,0 +1,58 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+
+	"machpager/pager/emm"
+	"machpager/pager/vnode"
+)
+
+// fileManager is the name of the built-in manager of objects over files: see package vnode.
+const fileManager = "file"
+
+// protector is a manager whose objects cannot be mapped with every access (Mach: the max_protection of a vm_map).
+type protector interface{ MaxProtection() emm.Prot }
+
+// readOnly reports whether the object can only be mapped read-only.
+func (o *object) readOnly() bool {
+	p, ok := o.manager.(protector)
+	return ok && p.MaxProtection()&emm.ProtWrite == 0
+}
+
+// openManager makes the manager of a new object that names one. On success the file is the manager's.
+func (d *Daemon) openManager(ctx context.Context, s objectSpec) (emm.Manager, error) {
+	var got emm.Manager
+	var err error
+	switch m := d.managers[s.manager]; {
+	case s.manager == fileManager && s.file == nil:
+		return nil, fmt.Errorf("it needs the file (ObjectOptions.File): %w", emm.InvalidArgument)
+	case s.manager == fileManager && s.arg != "":
+		return nil, fmt.Errorf("it takes no argument: files are opened by their users, and handed over open (ObjectOptions.File): %w", emm.InvalidArgument)
+	case s.manager == fileManager:
+		got, err = vnode.File(s.file, s.size, &vnode.Options{Log: d.log})
+	case m == nil:
+		return nil, fmt.Errorf("no memory manager has this name: %w", emm.InvalidName)
+	default:
+		got, err = m.Open(ctx, s.arg, s.file)
+	}
+	if err != nil {
+		return nil, err // and no *vnode.Pager in an interface
+	}
+	if got == nil {
+		return nil, fmt.Errorf("it gave nothing: %w", emm.Failure)
+	}
+	return got, nil
+}
+
+// fileSize is the size of an object whose size is to be its file's.
+func fileSize(s objectSpec) (int64, error) {
+	n, err := vnode.FileSize(s.file)
+	if err != nil {
+		return 0, err
+	}
+	if n == 0 {
+		return 0, fmt.Errorf("the file is empty: give the size that the object is to have: %w", emm.InvalidArgument)
+	}
+	return n, nil
+}

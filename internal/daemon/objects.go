@@ -1,0 +1,236 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"machpager/internal/vm"
+	"machpager/pager/emm"
+)
+
+// object is a memory object and the rights to it.
+type object struct {
+	vm      *vm.Object   // immutable
+	size    atomic.Int64 // bytes, as asked for
+	port    emm.Port     // immutable; null: private, nobody can open it
+	own     bool         // immutable; made by the default pager (default_pager_object_create)
+	cluster int64        // immutable; bytes, as asked for
+	manager emm.Manager  // immutable; nil: the default pager
+	name    string       // immutable; of the manager
+	rights  int          // guarded by objects.mu; handles and mappings
+}
+
+// objects are all objects that somebody has a right to.
+type objects struct {
+	mu sync.Mutex
+	// byPort is an ordinary map: to find a port by the time that a look-up takes one would have to guess the hash of 128 random bits, with a seed
+	// that is random too.
+	byPort map[emm.Port]*object // guarded by mu
+	byID   map[uint64]*object   // guarded by mu; by number in the vm
+}
+
+func (t *objects) init() { t.byPort, t.byID = map[emm.Port]*object{}, map[uint64]*object{} }
+
+// add makes the first right.
+func (t *objects) add(o *object) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	o.rights = 1
+	t.byID[o.vm.ID()] = o
+	if !o.port.IsNull() {
+		t.byPort[o.port] = o
+	}
+}
+
+// open makes a right of a port.
+func (t *objects) open(p emm.Port) (*object, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	o := t.byPort[p]
+	if o == nil {
+		return nil, fmt.Errorf("open object: no object has this port, any more or ever: %w", emm.InvalidArgument)
+	}
+	o.rights++
+	return o, nil
+}
+
+// retain makes one more right for somebody who has one.
+func (t *objects) retain(o *object) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	o.rights++
+}
+
+// release takes a right, and reports whether it was the last: nobody can get a new one then.
+func (t *objects) release(o *object) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if o.rights--; o.rights > 0 {
+		return false
+	}
+	delete(t.byID, o.vm.ID())
+	delete(t.byPort, o.port)
+	return true
+}
+
+// after lists objects with numbers above id, in their order, at most n.
+func (t *objects) after(id uint64, n int) (list []*object, more bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i, o := range t.byID {
+		if i > id {
+			list = append(list, o)
+		}
+	}
+	slices.SortFunc(list, func(a, b *object) int {
+		if a.vm.ID() < b.vm.ID() {
+			return -1
+		}
+		return 1
+	})
+	if len(list) > n {
+		return list[:n], true
+	}
+	return list, false
+}
+
+func (t *objects) len() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.byID)
+}
+
+// objectSpec is what a task asks for.
+type objectSpec struct {
+	size, cluster int64 // size 0: the file's
+	pageSize      int
+	residentMin   int64 // bytes; 0: none
+	residentMax   int64 // bytes; 0: none
+	private       bool
+	manager, arg  string
+	file          *os.File // nil: none; the manager's from here on
+}
+
+// newObject makes an object with one right.
+func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
+	if err := room("objects", d.objects.len(), d.limits.objects); err != nil {
+		if s.file != nil {
+			s.file.Close()
+		}
+		return nil, fmt.Errorf("create object: %w", err)
+	}
+	if s.pageSize == 0 {
+		s.pageSize = 4096
+	}
+	keep := false
+	defer func() {
+		if s.file != nil && !keep {
+			s.file.Close()
+		}
+	}()
+	if s.size == 0 && s.file != nil {
+		var err error
+		if s.size, err = fileSize(s); err != nil {
+			return nil, fmt.Errorf("create object of its file's size: %w", err)
+		}
+	}
+	switch {
+	case s.size <= 0 || s.size > vm.MaxObjectSize:
+		return nil, fmt.Errorf("create object: size %d: want 1 to %d bytes: %w", s.size, int64(vm.MaxObjectSize), emm.InvalidArgument)
+	case s.pageSize < 4096 || s.pageSize > 2<<20 || s.pageSize&(s.pageSize-1) != 0:
+		return nil, fmt.Errorf("create object: page size %d: want a power of two from 4096 to 2 MiB: %w", s.pageSize, emm.InvalidArgument)
+	case int64(s.pageSize)*minPages > d.frames.Budget():
+		return nil, fmt.Errorf("create object: page size %d: the %d bytes that may be resident are fewer than %d such pages: %w", s.pageSize, d.frames.Budget(), minPages,
+			emm.ResourceShortage)
+	case s.manager == "" && s.arg != "", s.manager == "" && s.file != nil:
+		return nil, fmt.Errorf("create object: an argument or a file, but no manager to take it: %w", emm.InvalidArgument)
+	}
+	o := &object{name: s.manager, cluster: s.cluster}
+	o.size.Store(s.size)
+	opt := vm.ObjectOptions{Size: s.size, PageSize: s.pageSize, ClusterSize: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax}
+	switch {
+	case s.manager != "":
+		got, err := d.openManager(ctx, s)
+		if err != nil {
+			return nil, fmt.Errorf("create object: manager %q: %w", s.manager, err)
+		}
+		keep = true
+		o.manager, opt.Manager, opt.Port = got, got, emm.NewPort()
+	case !s.private:
+		opt.Port, opt.Manager = emm.NewPort(), d.pager
+		if err := d.pager.ObjectCreate(opt.Port, s.size, s.pageSize); err != nil {
+			return nil, err
+		}
+		o.own = true
+	}
+	if !s.private {
+		o.port = opt.Port
+	}
+	var err error
+	if o.vm, err = d.vm.NewObject(opt); err != nil {
+		d.endManager(o, opt.Port)
+		return nil, err
+	}
+	d.objects.add(o)
+	return o, nil
+}
+
+// releasePatience is how long who gives up the last right waits for the object's end: longer than that takes, unless a manager hesitates to take
+// what is returned to it. The object ends all the same.
+const releasePatience = time.Second
+
+// release gives a right up; the object ends with the last.
+func (d *Daemon) release(o *object) {
+	if !d.objects.release(o) {
+		return
+	}
+	done := make(chan struct{})
+	d.ends.Go(func() {
+		defer close(done)
+		if o.own {
+			d.pager.NoSenders(o.port) // its contents end with the Terminate that follows
+		}
+		o.vm.Terminate()
+		if !o.own {
+			d.endManager(o, o.port)
+		}
+	})
+	select {
+	case <-done:
+	case <-time.After(releasePatience):
+	}
+}
+
+// endManager ends what stands behind an object that is no more, or never was.
+func (d *Daemon) endManager(o *object, port emm.Port) {
+	if o.own {
+		d.pager.NoSenders(port)
+	}
+	if c, ok := o.manager.(io.Closer); ok {
+		if err := c.Close(); err != nil {
+			d.log.Warn("close memory manager", "manager", o.name, "err", err)
+		}
+	}
+}
+
+// storedRuns are the parts of an object that are in paging space, as far as the default pager has it.
+func (d *Daemon) storedRuns(o *object) []emm.Run {
+	if o.manager != nil {
+		return nil
+	}
+	port := o.vm.Port()
+	if port.IsNull() {
+		return nil // never paged out
+	}
+	runs, err := d.pager.ObjectPages(port)
+	if err != nil {
+		return nil
+	}
+	return runs
+}

@@ -1,0 +1,53 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+
+	"machpager/internal/ipc"
+	"machpager/internal/vm"
+	"machpager/pager/emm"
+)
+
+// snapshot makes an object with the contents that another has at this instant, and gives the task a right to it.
+func (s *session) snapshot(ctx context.Context, q ipc.ObjectSnapshot) (ipc.Reply, error) {
+	if err := s.roomForHandle(); err != nil {
+		return ipc.Reply{}, fmt.Errorf("snapshot: %w", err)
+	}
+	o, err := s.object(q.Handle)
+	if err != nil {
+		return ipc.Reply{}, fmt.Errorf("snapshot: %w", err)
+	}
+	defer s.d.release(o)
+	c, err := s.d.snapshot(ctx, o)
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	return s.handOut(c), nil
+}
+
+// snapshot makes an object with one right. Only the default pager can share what it has stored.
+func (d *Daemon) snapshot(ctx context.Context, o *object) (*object, error) {
+	size := o.size.Load()
+	if err := room("objects", d.objects.len(), d.limits.objects); err != nil {
+		return nil, fmt.Errorf("snapshot: %w", err)
+	}
+	switch {
+	case o.manager != nil:
+		return nil, fmt.Errorf("snapshot: an object of the manager %q, want one of the default pager: %w", o.name, emm.InvalidArgument)
+	case size == 0:
+		return nil, fmt.Errorf("snapshot: the object has no bytes: %w", emm.InvalidArgument)
+	}
+	c := &object{port: emm.NewPort(), own: true, cluster: o.cluster}
+	c.size.Store(size)
+	if err := o.vm.Snapshot(ctx, func(port emm.Port) error { return d.pager.Snapshot(port, c.port) }); err != nil {
+		return nil, err
+	}
+	var err error
+	if c.vm, err = d.vm.NewObject(vm.ObjectOptions{Size: size, PageSize: o.vm.PageSize(), ClusterSize: c.cluster, Port: c.port, Manager: d.pager}); err != nil {
+		d.endManager(c, c.port)
+		return nil, err
+	}
+	d.objects.add(c)
+	return c, nil
+}

@@ -1,0 +1,176 @@
+package guardian_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/guardian"
+	"machpager/uffd"
+)
+
+const pagerRole = "guardian-test-pager"
+
+// pagerMain stands in for a pager: it tells the guardian what a pager tells, reads the faults of one task, and answers none.
+func pagerMain(args []string) error {
+	time.AfterFunc(patience, func() { os.Exit(9) })
+	var b [64]byte
+	n, err := unix.Read(3, b[:])
+	if err != nil || string(b[:n]) != "hello" {
+		return fmt.Errorf("the link begins with %q, %w", b[:n], err)
+	}
+	unix.CloseOnExec(3)
+	stop := make(chan struct{})
+	c, err := guardian.NewClient(os.NewFile(3, "link"), func() { close(stop) }, slog.Default())
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := c.Ready(ctx); err != nil {
+		return err
+	}
+	switch args[0] {
+	case "silent":
+		if _, err := serveNothing(ctx, c); err != nil {
+			return err
+		}
+		select {} // also when it is asked to stop
+	case "endtask":
+		left, err := serveNothing(ctx, c)
+		if err != nil {
+			return err
+		}
+		if err := left(); err != nil {
+			return err
+		}
+		<-stop
+		return c.Close()
+	case "drop":
+		fd, err := uffd.Open(&uffd.OpenOptions{Features: uffd.RequiredFeatures})
+		if err != nil {
+			return err
+		}
+		sock, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
+		if err != nil {
+			return err
+		}
+		return errors.Join(c.PutTask(ctx, 1, "one", fd.Fd(), sock[0]), c.PutRange(ctx, 1, 7, guardian.Range{Start: 1 << 20, Len: page}), c.DropRange(ctx, 7),
+			c.DropRange(ctx, 8), c.DropTask(ctx, 1), c.DropTask(ctx, 2), c.EndTask(ctx, 3), c.Close())
+	case "bad":
+		return tellBad(ctx, c)
+	}
+	return fmt.Errorf("what is %q?", args[0])
+}
+
+// serveNothing starts a task, prepares its memory, and reads all the faults it is about to make. What it returns ends the task's service.
+func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error) {
+	sock, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Args = []string{taskRole}
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(sock[1]), "task")}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	unix.Close(sock[1])
+	msg, oob := make([]byte, 256), make([]byte, unix.CmsgSpace(4))
+	n, oobn, _, _, err := unix.Recvmsg(sock[0], msg, oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	var pid int
+	var small, sparse, private uint64
+	if _, err := fmt.Sscan(string(msg[:n]), &pid, &small, &sparse, &private); err != nil {
+		return nil, fmt.Errorf("task said %q: %w", msg[:n], err)
+	}
+	cm, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(cm) != 1 {
+		return nil, fmt.Errorf("no userfaultfd: %w", err)
+	}
+	got, err := unix.ParseUnixRights(&cm[0])
+	if err != nil {
+		return nil, err
+	}
+	fd := uffd.FromFd(got[0])
+	err = errors.Join(c.PutTask(ctx, 1, "the task", fd.Fd(), sock[0]), c.PutRange(ctx, 1, 1, guardian.Range{Start: sparse, Len: sparseBytes}),
+		c.PutRange(ctx, 1, 2, guardian.Range{Start: small, Len: smallPages * page}), c.PutRange(ctx, 1, 3, guardian.Range{Start: private, Len: 16 * page}))
+	if err != nil {
+		return nil, err
+	}
+	if _, err := fd.Copy(small+residentPage*page, bytes.Repeat([]byte{mark}, page), uffd.CopyWP); err != nil {
+		return nil, err
+	}
+	if err := fd.WriteProtect(small+markerPage*page, page, uffd.WriteProtectWP); err != nil {
+		return nil, err
+	}
+	unix.Write(sock[0], []byte("go"))
+	want := copiers + 5
+	seen := map[uint64]bool{}
+	var msgs [64]uffd.Msg
+	for len(seen) < want {
+		n, err := fd.Read(msgs[:])
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range msgs[:n] {
+			seen[m.Address()&^(page-1)] = true
+		}
+		if n == 0 {
+			unix.Poll([]unix.PollFd{{Fd: int32(fd.Fd()), Events: unix.POLLIN}}, 1000)
+		}
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("%d faults of %d: %w", len(seen), want, ctx.Err())
+		}
+	}
+	unix.Write(sock[0], []byte("all wait"))
+	return func() error {
+		fd.Close()
+		return c.EndTask(ctx, 1)
+	}, nil
+}
+
+// tellBad tells the guardian what it must refuse.
+func tellBad(ctx context.Context, c *guardian.Client) error {
+	null, err := os.Open("/dev/null")
+	if err != nil {
+		return err
+	}
+	fd, err := uffd.Open(nil)
+	if err != nil {
+		return err
+	}
+	sock, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET, 0)
+	if err != nil {
+		return err
+	}
+	if err := c.PutTask(ctx, 1, "good", fd.Fd(), sock[0]); err != nil {
+		return err
+	}
+	for name, f := range map[string]func() error{
+		"a file for a userfaultfd": func() error { return c.PutTask(ctx, 2, "", int(null.Fd()), sock[0]) },
+		"a file for a socket":      func() error { return c.PutTask(ctx, 2, "", fd.Fd(), int(null.Fd())) },
+		"a range of no task":       func() error { return c.PutRange(ctx, 9, 1, guardian.Range{Start: page, Len: page}) },
+		"an empty range":           func() error { return c.PutRange(ctx, 1, 1, guardian.Range{Start: page}) },
+		"half a page":              func() error { return c.PutRange(ctx, 1, 1, guardian.Range{Start: page, Len: 100}) },
+		"a range without end":      func() error { return c.PutRange(ctx, 1, 1, guardian.Range{Start: page, Len: ^uint64(page - 1)}) },
+	} {
+		err := f()
+		if err == nil || errors.Is(err, context.DeadlineExceeded) {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		fmt.Println("refused", name, err)
+	}
+	fmt.Println("refused all")
+	return c.DropTask(ctx, 1)
+}

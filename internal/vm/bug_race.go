@@ -1,0 +1,5 @@
+//go:build race
+
+package vm
+
+func init() { panicOnBug = true }

@@ -1,0 +1,334 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"machpager/internal/policy"
+	"machpager/internal/vm/page"
+	"machpager/pager/emm"
+)
+
+const (
+	// reserveShare of the budget, at most reserveMax bytes, is kept free by background page-out, so that a fault finds a frame waiting. Very small
+	// budgets have no reserve: there a fault waits until one is made free.
+	reserveShare = 32
+	reserveMax   = 32 << 20
+	reserveMin   = 16 // frames; a smaller reserve is none
+
+	// victimBatch is how many frames are chosen at once: enough for long runs, few enough that what is used meanwhile can still show it.
+	victimBatch = 1024
+
+	// refusedPause is how long the page-out daemon rests when the kernel refuses frames that are in no file: that passes by itself.
+	refusedPause = 500 * time.Microsecond
+
+	// shortageAfter is how long a fault waits for frames when nothing can be reclaimed, before its thread gets KERN_RESOURCE_SHORTAGE.
+	shortageAfter = 5 * time.Second
+
+	// shortagePause is how long nothing more is logged about such faults.
+	shortagePause = 10 * time.Second
+)
+
+// water is the reserve of free frames: page-out starts below low and goes on to high.
+func (v *VM) water() (low, high int64) { return waterOf(v.frames.Budget() / frameSize) }
+
+// waterOf is the reserve of so many frames.
+func waterOf(limit int64) (low, high int64) {
+	high = min(limit/reserveShare, reserveMax/frameSize)
+	if high < reserveMin {
+		return 0, 0
+	}
+	return high / 2, high
+}
+
+func (v *VM) freeFrames() int64 { return v.frames.Budget()/frameSize - v.frames.Reserved() }
+
+// pageout is the page-out daemon: it keeps the reserve of frames, and makes frames free for faults that wait for them. It does not wait for managers:
+// what they have not stored yet is in flight, and its completion kicks.
+func (v *VM) pageout() {
+	filling := false // between low and high water
+	for {
+		wait := time.Hour
+		if v.starving.Load() || v.wanted.Load() > 0 {
+			wait = time.Millisecond
+		}
+		select {
+		case <-v.ctx.Done():
+			return
+		case <-v.kick:
+		case <-time.After(wait):
+		}
+		v.makeRoom()
+		stuck := false
+		for v.ctx.Err() == nil {
+			low, high := v.water()
+			free := v.freeFrames()
+			filling = filling && free < high || free < low
+			want := v.wanted.Load() - free
+			if filling {
+				want += high
+			}
+			if want -= v.inflight.Load(); want <= 0 {
+				break
+			}
+			begun := int64(0)
+			if now := time.Now(); !v.failing.pause(now) {
+				begun = v.evict(want, false)
+			} else if v.failing.looks(now) {
+				begun = v.evict(want, true)
+				v.failing.looked(now, begun)
+			}
+			if begun == 0 {
+				stuck = v.inflight.Load() == 0
+				break
+			}
+		}
+		if v.refused.Swap(false) && v.scrub() == 0 {
+			time.Sleep(refusedPause) // it passes
+		}
+		if v.starving.Load() {
+			if stuck && v.freeFrames() < v.wanted.Load() {
+				stuck = v.scrub() == 0
+			}
+			v.retryDeferred(stuck)
+		}
+	}
+}
+
+// lackFrames tells the page-out daemon when the reserve runs low. Called for every fill: two loads.
+func (v *VM) lackFrames() {
+	if low, _ := v.water(); v.freeFrames() < low {
+		v.kickNow()
+	}
+}
+
+// evict chooses victims for at least want frames, and lets go of them. It returns how many frames are free or on their way. clean: only of what need not be
+// returned to a manager, and all that is resident is looked at for it.
+func (v *VM) evict(want int64, clean bool) int64 {
+	begun, seen := int64(0), int64(0)
+	all := v.frames.Reserved()
+	for batch := min(want, victimBatch); begun == 0 || clean && begun < want; batch = victimBatch {
+		v.victims = v.policy.Victims(batch, v.victims[:0])
+		for _, r := range v.victims {
+			seen += r.N
+			v.mu.Lock()
+			o := v.objects[r.Object]
+			v.mu.Unlock()
+			if o == nil || !o.gate.enter() {
+				continue // ended: its frames are free or about to be
+			}
+			begun += o.evict(r.First*frameSize>>o.shift, (r.First+r.N)*frameSize>>o.shift, clean)
+			o.gate.leave()
+		}
+		// What objects keep as their minimum may be all that was named: the others come behind it.
+		if seen > v.guaranteed.frames.Load() && !clean || seen > all || len(v.victims) == 0 {
+			break
+		}
+	}
+	return begun
+}
+
+// evict lets go of the victims [a, b): the policy has forgotten them. What cannot go now (wired, owned by somebody, protected by the token, part of the object's
+// minimum, no buffer to return it in) is given back to the policy. It returns the frames that are free or on their way.
+func (o *Object) evict(a, b int64, clean bool) int64 {
+	begun := int64(0)
+	limit := min(int64(o.vm.bufs.size)>>o.shift, o.vm.failing.most())
+	op := &lockOp{victims: true}
+	for p := a; p < b; {
+		end := p
+		for end < b && end-p < limit && o.spares(end-p+1) && !o.vm.token.holds(o, end) && o.takeVictim(end, clean) {
+			end++
+		}
+		if end == p {
+			o.keep(p, p+1)
+			p++
+			continue
+		}
+		if err := o.pushRun(o.vm.ctx, p, end, true, op); err == nil {
+			begun += int64(o.framesOf(end - p))
+		} else if !errors.Is(err, errNoBuffer) {
+			o.vm.log.Warn("page-out", "object", o.id, "err", err)
+		}
+		p = end
+	}
+	return begun
+}
+
+func (o *Object) takeVictim(p int64, clean bool) bool {
+	w := o.word(p)
+	if clean && (w.State() != page.Clean || w&page.Precious != 0) {
+		return false
+	}
+	return w.Wired() == 0 && o.take(p, emm.ReturnAll, true)
+}
+
+// keep tells the policy that victims are still there. A page that has gone meanwhile is not told: then a Fill tells of its next life, and if it goes in between, the policy
+// names it once more and is not believed.
+func (o *Object) keep(a, b int64) {
+	for p := a; p < b; p++ {
+		switch o.word(p).State() {
+		case page.Requested, page.Clean, page.Dirty, page.Cleaning: // Requested: perhaps filled, and the word is about to say so
+			o.vm.policy.Keep(o.frameRun(p, p+1), int64(o.framesOf(1)))
+		}
+	}
+}
+
+// frameRun is the pages [a, b) as the policy counts.
+func (o *Object) frameRun(a, b int64) policy.Run {
+	return policy.Run{Object: o.id, First: a << o.shift / frameSize, N: (b - a) << o.shift / frameSize}
+}
+
+// reclaimFor evicts for somebody who may wait: Populate. It returns the frames begun.
+func (v *VM) reclaimFor(ctx context.Context, n int64) {
+	v.wanted.Add(n)
+	defer v.wanted.Add(-n)
+	v.kickNow()
+	select {
+	case <-ctx.Done():
+	case <-time.After(200 * time.Microsecond):
+	}
+}
+
+// scrub punches out what lies in the files under Absent pages or behind their ends, and in files of objects that have ended: put there by a task's own
+// hand, or left by a punch. It returns the frames freed.
+func (v *VM) scrub() int64 {
+	freed := v.frames.Reap() / frameSize
+	v.counters.scrubbed.Add(freed)
+	for _, o := range v.allObjects() {
+		if o.gate.enter() {
+			freed += o.scrub()
+			o.gate.leave()
+		}
+	}
+	return freed
+}
+
+func (o *Object) scrub() int64 {
+	freed := int64(0)
+	o.file.Present(0, o.size, func(off, n int64) bool {
+		a, b := off>>o.shift, (off+n+o.pageSize-1)>>o.shift
+		for p := a; p < b; {
+			end := p
+			for end < b && o.begin(end, page.Claim) {
+				end++
+			}
+			if end == p {
+				p++
+				continue
+			}
+			if left, err := o.file.Punch(p<<o.shift, (end-p)<<o.shift); err == nil {
+				freed += int64(o.framesOf(end-p)) - left/frameSize
+			}
+			o.finishRun(p, end, page.Punched)
+			p = end
+		}
+		return true
+	})
+	// What was found may have been foreign (never accounted for) or stuck: only the latter was reserved.
+	if n := min(freed, o.stuck.Load()); n > 0 {
+		o.stuck.Add(-n)
+		o.releaseFrames(n)
+	}
+	if n, err := o.file.Trim(); err == nil {
+		freed += n / frameSize
+	}
+	o.vm.counters.scrubbed.Add(freed)
+	return freed
+}
+
+// storeFailing makes the page-out daemon try less and less often, and with fewer pages at once, while managers store nothing, until a page is stored again: paging space
+// may have room for some pages yet. In between only pages go that are stored already.
+type storeFailing struct {
+	mu    sync.Mutex
+	wait  time.Duration // guarded by mu; 0: all is well
+	until time.Time     // guarded by mu
+	look  time.Time     // guarded by mu; when to look for clean pages again
+	told  time.Time     // guarded by mu; when it was logged
+	well  bool          // guarded by mu; nothing failed since told
+	run   atomic.Int64  // pages returned at once; 0: no limit
+}
+
+const (
+	failingFirst = 5 * time.Millisecond
+	failingLast  = time.Second
+	failingTell  = time.Minute // no more often than that
+
+	// failingRun is how many pages are returned at once after the first failure, and an eighth of that after the next.
+	failingRun = 64
+)
+
+// storeFailed notes that a manager could not store pages, and says so once.
+func (v *VM) storeFailed(o *Object, reason error) {
+	f := &v.failing
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	if f.wait == 0 && now.Sub(f.told) > failingTell {
+		v.log.Warn("page-out: pages cannot be stored; they stay resident, and when no frame is left, faults fail", "object", o.id, "reason", reason)
+		f.told, f.well = now, false
+	}
+	if now.After(f.until) {
+		f.wait = min(max(2*f.wait, failingFirst), failingLast)
+		f.until = now.Add(f.wait)
+		if n := f.run.Load(); n == 0 {
+			f.run.Store(failingRun)
+		} else {
+			f.run.Store(max(1, n/8))
+		}
+	}
+}
+
+// storeWorks notes that pages were stored. All is well when that goes on.
+func (v *VM) storeWorks() {
+	f := &v.failing
+	run := f.run.Load()
+	if run == 0 {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.wait, f.until, f.look = 0, time.Time{}, time.Time{}
+	if run *= 2; run <= 2*failingRun {
+		f.run.Store(run)
+		return
+	}
+	f.run.Store(0)
+	if !f.well {
+		v.log.Info("page-out: pages can be stored again")
+		f.well = true
+	}
+}
+
+func (f *storeFailing) pause(now time.Time) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return now.Before(f.until)
+}
+
+// most is how many pages may be returned at once.
+func (f *storeFailing) most() int64 {
+	if n := f.run.Load(); n > 0 {
+		return n
+	}
+	return math.MaxInt64
+}
+
+// looks reports whether it is time to look for clean pages.
+func (f *storeFailing) looks(now time.Time) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return !now.Before(f.look)
+}
+
+// looked notes that clean pages were looked for since start, and so many frames found. Looking in vain is not to take more than a twentieth of the time.
+func (f *storeFailing) looked(start time.Time, frames int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if frames == 0 {
+		f.look = time.Now().Add(max(time.Millisecond, 20*time.Since(start)))
+	}
+}

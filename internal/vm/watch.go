@@ -1,0 +1,44 @@
+package vm
+
+import "time"
+
+const (
+	watchEvery = time.Second
+	// slowAfter is when an unanswered data request or data return is logged: nothing blocks for ever without saying so.
+	slowAfter = 10 * time.Second
+)
+
+// watchRequests logs what managers leave unanswered. It also looks after files of ended objects that tasks have kept.
+func (v *VM) watchRequests() {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-v.ctx.Done():
+			return
+		case <-tick.C:
+		}
+		v.counters.scrubbed.Add(v.frames.Reap() / frameSize)
+		for _, o := range v.allObjects() {
+			o.watch()
+			o.watchSyncs()
+		}
+	}
+}
+
+func (o *Object) watch() {
+	o.reqMu.Lock()
+	defer o.reqMu.Unlock()
+	for _, r := range o.requests {
+		if age := time.Since(r.f.start); age > slowAfter && !r.reported {
+			r.reported = true
+			o.vm.log.Warn("a data request is unanswered", "object", o.id, "off", r.a<<o.shift, "size", (r.b-r.a)<<o.shift, "age", age)
+		}
+	}
+	for _, d := range o.returns {
+		if age := time.Since(d.start); age > slowAfter && !d.reported {
+			d.reported = true
+			o.vm.log.Warn("a data return is not completed", "object", o.id, "off", d.a<<o.shift, "size", (d.b-d.a)<<o.shift, "age", age)
+		}
+	}
+}

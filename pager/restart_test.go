@@ -1,0 +1,382 @@
+package pager
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"machpager/pager/emm"
+	"machpager/pager/emm/emmtest"
+	"machpager/pager/store"
+	"machpager/pager/store/memory"
+	"machpager/pager/store/storetest"
+)
+
+// world is all that outlives a pager: memory by name.
+type world struct {
+	mu  sync.Mutex
+	mem map[string]*lasting
+}
+
+// lasting is memory that only its name's Close ends.
+type lasting struct {
+	store.Memory
+	w    *world
+	name string
+}
+
+func (l *lasting) Close() error {
+	l.w.mu.Lock()
+	defer l.w.mu.Unlock()
+	delete(l.w.mem, l.name)
+	return nil // kept mapped: a killed pager's goroutines may still look at it
+}
+
+func newWorld() *world { return &world{mem: make(map[string]*lasting)} }
+
+func (w *world) open(name string) (store.Memory, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if m := w.mem[name]; m != nil {
+		return m, nil
+	}
+	m, err := store.NewAnonymous(1 << 30)
+	if err != nil {
+		return nil, err
+	}
+	w.mem[name] = &lasting{m, w, name}
+	return w.mem[name], nil
+}
+
+// copy is the world as it is at this instant: what a process killed now leaves.
+func (w *world) copy(t testing.TB) *world {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	c := newWorld()
+	for name, m := range w.mem {
+		a, err := store.NewAnonymous(1 << 30)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { a.Close() })
+		if err := a.Grow(int64(len(m.Bytes()))); err != nil {
+			t.Fatal(err)
+		}
+		from, to := m.Words(), a.Words()
+		for i := range from {
+			if v := from[i].Load(); v != 0 {
+				to[i].Store(v)
+			}
+		}
+		c.mem[name] = &lasting{a, c, name}
+	}
+	return c
+}
+
+// boot starts a store and a pager on what is there.
+func (w *world) boot(t testing.TB) (*Pager, *storetest.Faulty) {
+	t.Helper()
+	mem, err := w.open("contents")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := memory.New(mem, &memory.Options{Slack: -1, Capacity: 256 * ps})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := storetest.NewFaulty(s)
+	p, err := New(Options{Store: f, NewMemory: w.open})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, f
+}
+
+func TestRestart(t *testing.T) {
+	w := newWorld()
+	p, _ := w.boot(t)
+	k, port := attach(t, p, 64, ps)
+	other, gone := attach(t, p, 64, ps)
+	data := emmtest.Fill(40, ps, 1)
+	k.Write(0, data)
+	k.Write(10*ps, make([]byte, 5*ps))
+	other.Write(0, emmtest.Fill(8, ps, 2))
+	other.Terminate()
+	p.NoSenders(gone)
+	temporary := emm.NewPort()
+	tk := emmtest.NewKernel(t, p, temporary, ps)
+	tk.Create(emm.NewPort(), ps)
+	tk.Give(3*ps, emmtest.Fill(4, ps, 3), true).Wait()
+
+	// Killed, without a word.
+	w = w.copy(t)
+	p, f := w.boot(t)
+	if used := f.Info().Used; used != 39*ps {
+		t.Errorf("%d slots used after the restart, want 39", used/ps)
+	}
+	infos := p.Objects()
+	if len(infos) != 2 || infos[0].Stored != 35*ps || infos[1].Stored != 4*ps || !infos[1].Temporary || infos[0].Attached {
+		t.Errorf("objects after the restart: %+v", infos)
+	}
+	k = emmtest.NewKernel(t, p, port, ps)
+	if kr := k.Init(); kr != emm.Success {
+		t.Fatal(kr)
+	}
+	k.Unasked = true
+	clear(data[10*ps : 15*ps])
+	for i, a := range readRaw(t, p, k, port, 64) {
+		want := make([]byte, ps)
+		if i < 40 {
+			want = data[i*ps : (i+1)*ps]
+		}
+		if !bytes.Equal(a, want) {
+			t.Errorf("page %d is wrong after the restart", i)
+		}
+	}
+	tk = emmtest.NewKernel(t, p, temporary, ps)
+	if kr := tk.Init(); kr != emm.Success {
+		t.Errorf("Init of a temporary object after the restart: %v", kr)
+	}
+	tk.Terminate()
+	if p.lookup(temporary) != nil {
+		t.Error("a temporary object outlived its Terminate")
+	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
+	if used := f.Info().Used; used != 0 {
+		t.Errorf("%d slots leaked", used/ps)
+	}
+}
+
+// collector takes contents without a model.
+type collector struct {
+	*emmtest.Kernel
+	mu    sync.Mutex
+	pages map[int64][]byte
+	bad   []emm.Run
+}
+
+func (c *collector) DataSupply(off int64, data []byte, _ emm.Prot, _, _ bool) emm.KernReturn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i := 0; i < len(data); i += ps {
+		c.pages[off/ps+int64(i/ps)] = bytes.Clone(data[i : i+ps])
+	}
+	return emm.Success
+}
+
+func (c *collector) DataUnavailable(r emm.Run) emm.KernReturn {
+	return c.DataSupply(r.Off, make([]byte, r.Size), 0, false, false)
+}
+
+func (c *collector) DataError(r emm.Run, _ emm.KernReturn) emm.KernReturn {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.bad = append(c.bad, r)
+	return emm.Success
+}
+
+// readRaw reads an object of a pager on a memory store.
+func readRaw(t testing.TB, p *Pager, k *emmtest.Kernel, port emm.Port, pages int64) [][]byte {
+	t.Helper()
+	k.Terminate()
+	c := &collector{Kernel: k, pages: make(map[int64][]byte)}
+	h := emm.Head{Object: port, Control: c}
+	if kr := p.Init(h, ps); kr != emm.Success {
+		t.Fatalf("Init: %v", kr)
+	}
+	p.DataRequest(h, emm.Run{Size: pages * ps}, 0, emm.ProtRead)
+	p.Terminate(h)
+	if len(c.bad) > 0 || len(c.pages) != int(pages) {
+		t.Fatalf("%d of %d pages answered, errors for %v", len(c.pages), pages, c.bad)
+	}
+	b := make([][]byte, pages)
+	for i := range b {
+		b[i] = c.pages[int64(i)]
+	}
+	return b
+}
+
+func (c *collector) ChangeAttributes(emm.Attributes, bool) emm.KernReturn { return emm.Success }
+
+// The pager is killed at each step that the store sees, in a history of returns, and restarted: each page has what was completed last, or, if a return was in
+// progress, what that brought. Never anything else, and no slot is lost.
+func TestKilledAtAnyStep(t *testing.T) {
+	w := newWorld()
+	p, f := w.boot(t)
+	k, port := attach(t, p, 32, ps)
+	type state struct {
+		w         *world
+		step      string
+		last, now [32]uint64 // contents by page: completed, and being returned
+	}
+	var states []state
+	var last, now [32]uint64
+	f.Step(func(step string) {
+		if len(states) < 150 {
+			states = append(states, state{w.copy(t), step, last, now})
+		}
+	})
+	for v := uint64(1); v < 20; v++ {
+		first, n := int(v*7%24), int(1+v%8)
+		data := make([]byte, 0, n*ps)
+		for i := range n {
+			if (v+uint64(i))%5 == 0 {
+				now[first+i] = 0
+				data = append(data, make([]byte, ps)...)
+			} else {
+				now[first+i] = v
+				data = append(data, contents(v, first+i)...)
+			}
+		}
+		if kr := k.Write(int64(first)*ps, data); kr != emm.Success {
+			t.Fatal(kr)
+		}
+		last = now
+	}
+	f.Step(nil)
+	if len(states) < 60 {
+		t.Fatalf("only %d steps", len(states))
+	}
+	seen := map[string]bool{}
+	for i, s := range states {
+		seen[s.step] = true
+		p, f := s.w.boot(t)
+		k := emmtest.NewKernel(t, p, port, ps)
+		if kr := k.Init(); kr != emm.Success {
+			t.Fatal(kr)
+		}
+		stored := int64(0)
+		for page, got := range readRaw(t, p, k, port, 32) {
+			if !bytes.Equal(got, contents(s.last[page], page)) && !bytes.Equal(got, contents(s.now[page], page)) {
+				t.Errorf("killed at step %d (%s): page %d is neither version %d nor %d", i, s.step, page, s.last[page], s.now[page])
+			}
+			if !bytes.Equal(got, make([]byte, ps)) {
+				stored++
+			}
+		}
+		if used := f.Info().Used / ps; used != stored {
+			t.Errorf("killed at step %d (%s): %d slots used for %d pages", i, s.step, used, stored)
+		}
+		p.Close()
+		if used := f.Info().Used; used != 0 {
+			t.Errorf("killed at step %d (%s): %d slots leaked", i, s.step, used/ps)
+		}
+	}
+	for _, step := range []string{"alloc", "allocated", "write", "written", "free", "freed"} {
+		if !seen[step] {
+			t.Errorf("never killed at %q", step)
+		}
+	}
+}
+
+func contents(version uint64, page int) []byte {
+	if version == 0 {
+		return make([]byte, ps)
+	}
+	return emmtest.Fill(1, ps, version<<16|uint64(page))
+}
+
+// What an object that ended left in its map is not the next one's, even if the pager was killed before it closed the map.
+func TestRestartWithStaleMap(t *testing.T) {
+	w := newWorld()
+	p, _ := w.boot(t)
+	k, port := attach(t, p, 8, ps)
+	k.Write(0, emmtest.Fill(8, ps, 1))
+	p.mu.Lock()
+	p.table.drop(0) // the first step of the end, and then the kill
+	p.mu.Unlock()
+	w = w.copy(t)
+	p, f := w.boot(t)
+	if len(p.Objects()) != 0 || f.Info().Used != 0 {
+		t.Errorf("after the restart: %v, %d bytes used", p.Objects(), f.Info().Used)
+	}
+	k, _ = attach(t, p, 8, ps)
+	for i, a := range k.Read(run(0, 8)) {
+		if a.Kind != emmtest.Unavailable {
+			t.Errorf("page %d of a new object: %v", i, a.Kind)
+		}
+	}
+	if p.lookup(port) != nil {
+		t.Error("the old port is known")
+	}
+	p.Close()
+}
+
+func TestBrokenTable(t *testing.T) {
+	w := newWorld()
+	mem, err := w.open("objects")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mem.Grow(ps); err != nil {
+		t.Fatal(err)
+	}
+	mem.Words()[0].Store(42)
+	if p, err := New(Options{Store: memoryStore(t, nil), NewMemory: w.open}); err == nil {
+		p.Close()
+		t.Error("a table of another version was taken")
+	}
+
+	// A slot that two pages name, other than the same page of an object and its snapshot.
+	for _, c := range []struct{ from, to, fromPage, toPage int }{{0, 1, 3, 4}, {0, 0, 3, 2}, {2, 0, 3, 3}, {0, 2, 3, 3}, {2, 2, 5, 6}, {2, 0, 4, 7}} {
+		w := newWorld()
+		p, _ := w.boot(t)
+		for _, pageSize := range []int64{ps, ps, 2 * ps} {
+			k, _ := attach(t, p, 8, int(pageSize))
+			k.Write(0, emmtest.Fill(8, pageSize, 1))
+		}
+		w = w.copy(t)
+		words := func(id int) []atomic.Uint64 { return w.mem[mapName(id)].Words() }
+		words(c.to)[c.toPage].Store(words(c.from)[c.fromPage].Load())
+		contents, err := w.open("contents")
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := memory.New(contents, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := New(Options{Store: s, NewMemory: w.open}); err == nil {
+			p.Close()
+			t.Errorf("%+v: a slot of two pages was taken", c)
+		} else if !errors.Is(err, store.ErrCorrupt) {
+			t.Errorf("%+v: %v", c, err)
+		}
+		p.Close()
+	}
+}
+
+// The table grows with the objects.
+func TestManyObjects(t *testing.T) {
+	w := newWorld()
+	p, _ := w.boot(t)
+	var ports []emm.Port
+	for i := range 150 {
+		port := emm.NewPort()
+		if err := p.ObjectCreate(port, int64(i+1)*ps, ps<<(i%10)); err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, port)
+	}
+	for i := 0; i < 150; i += 3 {
+		p.NoSenders(ports[i])
+	}
+	want := fmt.Sprint(p.Objects())
+	w = w.copy(t)
+	q, _ := w.boot(t)
+	if got := fmt.Sprint(q.Objects()); got != want || len(q.Objects()) != 100 {
+		t.Errorf("objects after the restart: %d\n%s\nwant\n%s", len(q.Objects()), got, want)
+	}
+	for i, port := range ports {
+		if known := q.lookup(port) != nil; known != (i%3 != 0) {
+			t.Errorf("object %d is known: %v", i, known)
+		}
+	}
+	p.Close()
+	q.Close()
+}

@@ -1,0 +1,139 @@
+//go:build linux
+
+package spawn
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/daemon"
+	"machpager/internal/frames"
+	"machpager/internal/guardian"
+)
+
+// The roles, by argv[0].
+const (
+	roleGuardian = "machpager-guardian"
+	rolePager    = "machpager-pager"
+)
+
+// self is this program, also if its file was replaced or removed.
+const self = "/proc/self/exe"
+
+// Descriptors of the children.
+const (
+	linkFD   = 3 // the socket with the greeting: of the guardian to the task, of the pager to its guardian
+	clientFD = 4 // of the pager: the task's socket, if there is one
+)
+
+// hello is the greeting on fd 3.
+type hello struct {
+	Version int
+	Role    string
+	Config  daemon.Config
+	Client  bool // there is a socket on clientFD
+	JSON    bool // log as JSON; else as text
+	Pipe    bool // standard error is a pipe of our own, to a program that may stand still
+	Level   slog.Level
+}
+
+const helloVersion = 1
+
+// helloMagic begins the greeting, so that no other packet is taken for one.
+var helloMagic = []byte("machpager child\n")
+
+func (h hello) packet() ([]byte, error) {
+	b, err := json.Marshal(h)
+	if err != nil {
+		return nil, fmt.Errorf("make greeting: %w", err)
+	}
+	return append(bytes.Clone(helloMagic), b...), nil
+}
+
+var mainCalled atomic.Bool
+
+// Main serves if this process is a child made by Start or Serve, and then does not return. It belongs on the first line of main, and of TestMain: every
+// init of the program has run in the child by then. managers are the program's own memory managers, for objects that name them.
+func Main(managers ...Manager) {
+	frames.MountMain()
+	mainCalled.Store(true)
+	role := os.Args[0]
+	if role != roleGuardian && role != rolePager {
+		return
+	}
+	h, ok, err := readHello(role)
+	if !ok {
+		return // a program that is merely called so
+	}
+	// The end of the socket is the only sign to end. SIGPIPE: whoever read the log may be gone.
+	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
+	if h.Pipe {
+		// Nothing here waits for who reads, not even a panic.
+		unix.SetNonblock(1, true)
+		unix.SetNonblock(2, true)
+	}
+	log, flush := newLog(h.JSON, h.Level)
+	if err == nil {
+		err = serveRole(h, managers, log.With("process", role))
+	}
+	flush()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", role, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func serveRole(h hello, managers []Manager, log *slog.Logger) error {
+	link := os.NewFile(linkFD, "link")
+	unix.CloseOnExec(linkFD)
+	if h.Role == rolePager {
+		o := daemon.Options{Config: h.Config, Managers: managers, Guardian: link, Log: log}
+		if h.Client {
+			unix.CloseOnExec(clientFD)
+			o.Client = os.NewFile(clientFD, "client")
+		}
+		return daemon.Run(o)
+	}
+	h.Role, h.Client = rolePager, true
+	b, err := h.packet()
+	if err != nil {
+		return err
+	}
+	cmd := childCommand(self, rolePager)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	return guardian.Run(guardian.Options{Command: cmd, Hello: b, Client: link, Log: log})
+}
+
+// readHello takes the greeting from fd 3. false: there is none, and nothing was taken.
+func readHello(role string) (h hello, ok bool, err error) {
+	if t, err := unix.GetsockoptInt(linkFD, unix.SOL_SOCKET, unix.SO_TYPE); err != nil || t != unix.SOCK_SEQPACKET {
+		return h, false, nil
+	}
+	b := make([]byte, 64<<10)
+	for _, flags := range [...]int{unix.MSG_DONTWAIT | unix.MSG_PEEK, unix.MSG_DONTWAIT} {
+		n, _, err := unix.Recvfrom(linkFD, b, flags)
+		if err != nil || !bytes.HasPrefix(b[:n], helloMagic) {
+			return h, false, nil
+		}
+		if flags&unix.MSG_PEEK == 0 {
+			b = b[:n]
+		}
+	}
+	if err := json.Unmarshal(b[len(helloMagic):], &h); err != nil {
+		return h, true, fmt.Errorf("read greeting: %w", err)
+	}
+	if h.Version != helloVersion || h.Role != role {
+		return h, true, fmt.Errorf("read greeting: version %d for %q, this is version %d of %q (run the same release of machpager): %w", h.Version, h.Role,
+			helloVersion, role, errors.ErrUnsupported)
+	}
+	return h, true, nil
+}

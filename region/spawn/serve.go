@@ -1,0 +1,65 @@
+//go:build linux
+
+package spawn
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/daemon"
+	"machpager/internal/guardian"
+)
+
+// ServeOptions of Serve. Socket is needed.
+type ServeOptions struct {
+	daemon.Config
+	Grace time.Duration // how long tasks may take to leave after the first signal; 0: 10 s
+	Level slog.Level    // of the pager's log, which goes to standard error as text, or as JSON
+	JSON  bool
+	Log   *slog.Logger  // the guardian's own; nil: discard
+	Ready func(pid int) // called when the pager serves; nil: nothing
+}
+
+// Serve runs a pager for everybody who may open its socket, with this process as the guardian. On SIGTERM or SIGINT (or when ctx ends) it takes no more
+// tasks, waits for those that are there to leave, ends the pager and what still waits for it, and returns nil; a second signal ends the waiting, a third
+// the guardian. Main must have been called.
+func Serve(ctx context.Context, o ServeOptions) error {
+	if !mainCalled.Load() {
+		return fmt.Errorf("serve: %w", ErrNoMain)
+	}
+	h := hello{Version: helloVersion, Role: rolePager, Config: o.Config, JSON: o.JSON, Level: o.Level}
+	for _, p := range []*string{&h.Config.Dir, &h.Config.Socket} { // the pager lives elsewhere
+		if *p == "" {
+			continue
+		}
+		abs, err := filepath.Abs(*p)
+		if err != nil {
+			return fmt.Errorf("serve: %w", err)
+		}
+		*p = abs
+	}
+	b, err := h.packet()
+	if err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	signals := make(chan os.Signal, 3)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM)
+	defer signal.Stop(signals)
+	signal.Ignore(unix.SIGHUP)
+	defer signal.Reset(unix.SIGHUP)
+	stop := context.AfterFunc(ctx, func() { signals <- unix.SIGTERM })
+	defer stop()
+	cmd := childCommand(self, rolePager)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := guardian.Run(guardian.Options{Command: cmd, Hello: b, Stop: signals, Grace: o.Grace, Ready: o.Ready, Log: o.Log}); err != nil {
+		return fmt.Errorf("serve: %w", err)
+	}
+	return nil
+}
