@@ -3,7 +3,6 @@
 package uffd
 
 import (
-	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -301,22 +300,12 @@ func ioctlFill(fd int, request uintptr, start, length, mode uint64) (int64, unix
 	return a.done, errno
 }
 
-// noNowait is set where the kernel has no reads of a userfaultfd that wait for nothing whatever its O_NONBLOCK says (before 6.10).
-var noNowait atomic.Bool
-
 // readNow is readMsgs that never waits: O_NONBLOCK belongs to everybody who has the userfaultfd, and another process can take it away between any two
-// system calls of ours.
+// system calls of ours. It fails with EOPNOTSUPP where the kernel cannot do that (before 6.10).
 func readNow(fd int, msgs []Msg) (int, unix.Errno) {
-	if noNowait.Load() {
-		return readMsgs(fd, msgs)
-	}
 	iov := unix.Iovec{Base: (*byte)(unsafe.Pointer(unsafe.SliceData(msgs))), Len: uint64(len(msgs)) * uint64(sizeofMsg)}
 	// Position -1: none. See preadv2(2).
 	n, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(fd), uintptr(unsafe.Pointer(&iov)), 1, ^uintptr(0), ^uintptr(0), unix.RWF_NOWAIT)
-	if errno == unix.EOPNOTSUPP || errno == unix.ENOSYS || errno == unix.ESPIPE {
-		noNowait.Store(true)
-		return readMsgs(fd, msgs)
-	}
 	return int(n / sizeofMsg), errno
 }
 

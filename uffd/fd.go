@@ -15,6 +15,7 @@ type FD struct {
 	fd       int           // immutable
 	features Features      // immutable
 	blocking bool          // immutable: without O_NONBLOCK a Read may wait for ever
+	noNowait atomic.Bool   // set when the kernel turned down a read with RWF_NOWAIT
 	users    atomic.Int64  // calls under way; less than 0: closing, then closing+users
 	released chan struct{} // closed when the descriptor is
 	closeErr error         // guarded by released: written before, read after

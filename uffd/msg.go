@@ -22,15 +22,20 @@ func (u *FD) Read(msgs []Msg) (int, error) {
 	if len(msgs) == 0 {
 		return 0, nil
 	}
-	read := readNow
-	if u.blocking {
-		read = readMsgs
-	}
 	for {
+		read := readNow
+		if u.blocking || u.noNowait.Load() {
+			read = readMsgs
+		}
 		n, errno := read(u.fd, msgs)
 		switch errno {
 		case 0:
 			return n, nil
+		case unix.EOPNOTSUPP, unix.ENOSYS, unix.ESPIPE:
+			// The kernel is older than 6.10, or this is no userfaultfd at all, which says nothing of the others.
+			if u.noNowait.Swap(true) {
+				return 0, fail("read", 0, 0, errno)
+			}
 		case unix.EAGAIN:
 			return 0, nil
 		case unix.EINTR:

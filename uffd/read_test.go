@@ -15,12 +15,13 @@ func TestReadOfDescriptorMadeBlocking(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	defer u.Close()
 	var msgs [4]Msg
 	if _, err := u.Read(msgs[:]); err != nil {
 		t.Fatal(err)
 	}
-	if noNowait.Load() {
-		t.Skip("this kernel is older than 6.10")
+	if u.noNowait.Load() {
+		t.Skip("kernel older than 6.10")
 	}
 	if err := unix.SetNonblock(u.Fd(), false); err != nil {
 		t.Fatal(err)
@@ -38,5 +39,31 @@ func TestReadOfDescriptorMadeBlocking(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("a Read waits")
 	}
-	u.Close()
+}
+
+// A descriptor that is no userfaultfd says nothing about the kernel: the others go on with reads that cannot wait.
+func TestReadOfSomethingElse(t *testing.T) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pipe[1])
+	p := FromFd(pipe[0])
+	defer p.Close()
+	u, err := Open(&OpenOptions{UserModeOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	var msgs [4]Msg
+	p.Read(msgs[:]) // whatever it says
+	if _, err := u.Read(msgs[:]); err != nil {
+		t.Fatal(err)
+	}
+	if p.noNowait.Load() && u.noNowait.Load() {
+		t.Skip("kernel older than 6.10")
+	}
+	if u.noNowait.Load() {
+		t.Error("a pipe changed how a userfaultfd is read")
+	}
 }
