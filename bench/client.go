@@ -30,7 +30,7 @@ type result struct {
 	Bytes  int64   // of the pages touched
 	Faults int64   // that the kernel counted for the thread meanwhile
 	None   string  // not "": the system has no such fault, and why
-	Err    string  // not "": it failed
+	Err    failure // it failed, if there is a text
 }
 
 // hello is the first line the driver sends.
@@ -88,7 +88,7 @@ func clientMain() error {
 		if errors.Is(err, errNone) {
 			r.None = err.Error()
 		} else if err != nil {
-			r.Err = err.Error()
+			r.Err = failed(err)
 		}
 		if err := out.Encode(r); err != nil {
 			return err

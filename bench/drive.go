@@ -12,6 +12,8 @@ import (
 	"os/exec"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // jobLimit is how long one job may take: longer is a hang. A second is plenty.
@@ -65,11 +67,28 @@ func startClient(ctx context.Context, role string, hello any) (*driven, error) {
 func (d *driven) do(j job) (result, error) {
 	var r result
 	err := d.call(j, &r)
-	if err == nil && r.Err != "" {
-		err = errors.New(r.Err)
+	if err == nil && r.Err.Text != "" {
+		err = r.Err
 	}
 	return r, err
 }
+
+// failure is an error of the client's, as it comes to the driver.
+type failure struct {
+	Text  string
+	Errno unix.Errno // 0: none
+}
+
+func failed(err error) failure {
+	f := failure{Text: err.Error()}
+	errors.As(err, &f.Errno)
+	return f
+}
+
+func (f failure) Error() string { return f.Text }
+
+// Is finds the errno, and what it stands for (fs.ErrPermission, ...).
+func (f failure) Is(target error) bool { return f.Errno != 0 && errors.Is(f.Errno, target) }
 
 // call sends a line, and takes one into answer.
 func (d *driven) call(v, answer any) error {

@@ -193,7 +193,7 @@ func startPagers(ctx context.Context, o *FaultOptions, dir string) (sockets map[
 	sockets = map[Placement]string{}
 	for i, placement := range o.Placements {
 		s := filepath.Join(dir, fmt.Sprintf("pager%d.sock", i))
-		p, err := spawn.Start(ctx, &spawn.Options{Resident: 2*o.Stream + pagerSpare, Memory: true, Dir: dir, Socket: s})
+		p, err := spawn.Start(ctx, &spawn.Options{Resident: 2*o.Stream + pagerSpare, Store: "memory", Dir: dir, Socket: s})
 		if err != nil {
 			return nil, stop, err
 		}

@@ -215,8 +215,8 @@ func (s *pagedSystem) stop() error {
 
 // do has one job done.
 func (s *pagedSystem) do(j pagingJob) (r pagingResult, err error) {
-	if err = s.client.call(j, &r); err == nil && r.Err != "" {
-		err = errors.New(r.Err)
+	if err = s.client.call(j, &r); err == nil && r.Err.Text != "" {
+		err = r.Err
 		if r.Wrong {
 			err = fmt.Errorf("%w: %w", ErrWrong, err)
 		}

@@ -54,7 +54,7 @@ type pagingResult struct {
 	Evicted int64   // bytes; -1: unknown
 	CPU     int64   // ns of the pager's
 	Value   float64 // of a work that is no throughput
-	Err     string
+	Err     failure
 	Wrong   bool // Err is about wrong contents
 }
 
@@ -101,7 +101,7 @@ func pagingMain() error {
 		}
 		r, err := c.do(j)
 		if err != nil {
-			r.Err, r.Wrong = err.Error(), errors.As(err, new(wrongError))
+			r.Err, r.Wrong = failed(err), errors.As(err, new(wrongError))
 		}
 		if err := out.Encode(r); err != nil {
 			return err

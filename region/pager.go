@@ -43,7 +43,6 @@ type Pager struct {
 	link    *ipc.Link      // immutable
 	options ConnOptions    // immutable
 	hello   ipc.HelloReply // immutable
-	tier    string         // immutable; the pager's privilege tier as text
 	watched chan struct{}  // closed when the connection has ended and, if that was not Close's doing, what is missing is poisoned
 
 	setupMu sync.Mutex
@@ -118,9 +117,7 @@ func newPager(ctx context.Context, conn *ipc.Conn, o ConnOptions) (*Pager, error
 	m, err := p.link.Call(ctx, ipc.TypeHello, ipc.Hello{Features: uint64(taskFeatures), Flags: flags}, nil)
 	if err == nil {
 		defer m.Close()
-		var tail []byte
-		p.hello, tail, err = ipc.Decode[ipc.HelloReply](m.Body)
-		p.tier = string(tail)
+		p.hello, _, err = ipc.Decode[ipc.HelloReply](m.Body)
 	}
 	if err != nil {
 		err = p.failed("greet", err)

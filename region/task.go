@@ -60,9 +60,8 @@ func (p *Pager) newUffd() (*uffd.FD, error) {
 		o.Device = p.device // the pager may open one, and was told to share that
 		fd, err = uffd.Open(o)
 	}
-	if errors.Is(err, unix.EPERM) {
-		err = fmt.Errorf("%w (this task is in none of the privilege tiers A and B; or have the pager hand out its /dev/userfaultfd; tier C: "+
-			"DialOptions.UserModeOnly; the pager: %s)", err, p.tier)
+	if errors.Is(err, unix.EPERM) && p.device == nil {
+		err = fmt.Errorf("%w; a pager can also hand out its own: `machpager serve --hand-out-userfaultfd`", err)
 	}
 	if err != nil {
 		return nil, err

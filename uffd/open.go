@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -83,8 +84,7 @@ func create(o *OpenOptions) (int, error) {
 		return -1, fmt.Errorf("%w (not even for user mode only: a seccomp filter, perhaps of a container, forbids userfaultfd(2))", errno)
 	case errno == unix.EPERM:
 		return -1, fmt.Errorf("%w (run as root or with CAP_SYS_PTRACE, or give read and write permission on %s%s, or set the sysctl "+
-			"vm.unprivileged_userfaultfd=1, or ask for user mode only; in a container the seccomp filter must allow userfaultfd(2))",
-			errno, DevicePath, notThere(devErr))
+			"vm.unprivileged_userfaultfd=1, or ask for UserModeOnly%s)", errno, DevicePath, notThere(devErr), filtered())
 	case errno == unix.ENOSYS:
 		return -1, fmt.Errorf("%w (a kernel without CONFIG_USERFAULTFD): %w", errno, ErrNotSupported)
 	case errno == unix.EINVAL && o.UserModeOnly:
@@ -110,6 +110,15 @@ func fromDevice(dev *os.File, flags uintptr) (int, error) {
 		return -1, fmt.Errorf("by %s: %w (not an open %s)", dev.Name(), errno, DevicePath)
 	}
 	return -1, fmt.Errorf("by %s: %w", dev.Name(), errno)
+}
+
+// filtered says that a seccomp filter may be the cause, if this process has one: proc_pid_status(5), mode 2.
+func filtered() string {
+	b, err := os.ReadFile("/proc/thread-self/status")
+	if _, rest, ok := strings.Cut(string(b), "\nSeccomp:\t"); err != nil || !ok || !strings.HasPrefix(rest, "2") {
+		return ""
+	}
+	return "; but a seccomp filter, perhaps of a container, may forbid userfaultfd(2) in spite of all these"
 }
 
 func notThere(devErr error) string {

@@ -13,9 +13,7 @@ import (
 )
 
 func newBench() *cobra.Command {
-	c := &cobra.Command{Use: "bench", Short: "Measure", Args: cobra.NoArgs, RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
-	c.AddCommand(newBenchFault(), newBenchPaging())
-	return c
+	return group(&cobra.Command{Use: "bench", Short: "Measure"}, newBenchFault(), newBenchPaging())
 }
 
 func newBenchFault() *cobra.Command {

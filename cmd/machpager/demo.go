@@ -15,9 +15,7 @@ import (
 )
 
 func newDemo() *cobra.Command {
-	c := &cobra.Command{Use: "demo", Short: "See the pager at work", Args: cobra.NoArgs, RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
-	c.AddCommand(newShare(), newSort())
-	return c
+	return group(&cobra.Command{Use: "demo", Short: "See the pager at work"}, newShare(), newSort())
 }
 
 func newShare() *cobra.Command {

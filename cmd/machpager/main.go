@@ -9,18 +9,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"machpager/bench"
+	"machpager/internal/daemon"
 	"machpager/internal/demo"
 	"machpager/region"
 	"machpager/region/spawn"
-	"machpager/uffd"
 )
 
 func main() {
@@ -47,7 +48,7 @@ const (
 	exitFailed  = 1
 	exitUsage   = 2
 	exitNoPager = 3
-	exitRefused = 4
+	exitRefused = daemon.StatusRefused
 	exitDiffers = 5
 )
 
@@ -76,7 +77,7 @@ func exitStatus(err error) int {
 		return exitDiffers
 	case errors.Is(err, region.ErrPagerGone), errors.Is(err, unix.ENOENT) && isDial(err), errors.Is(err, unix.ECONNREFUSED):
 		return exitNoPager
-	case errors.Is(err, uffd.ErrNotSupported), errors.Is(err, fs.ErrPermission), errors.Is(err, unix.ENOSYS):
+	case errors.Is(err, spawn.ErrRefused), daemon.Refused(err):
 		return exitRefused
 	}
 	return exitFailed
@@ -119,6 +120,23 @@ func newRoot() *cobra.Command {
 	root.AddCommand(newServe(), newDemo(), newBench(), newList(), newInfo(), newSet(), newPaging(), newVersion())
 	wrapArgs(root)
 	return root
+}
+
+// group makes a command that has others below it and does nothing by itself.
+func group(c *cobra.Command, sub ...*cobra.Command) *cobra.Command {
+	c.AddCommand(sub...)
+	var names []string
+	for _, s := range c.Commands() {
+		names = append(names, s.Name())
+	}
+	slices.Sort(names)
+	c.RunE = func(c *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return c.Help()
+		}
+		return usageError{fmt.Errorf("unknown command %q for %q: want one of %s (see %s --help)", args[0], c.CommandPath(), strings.Join(names, ", "), c.CommandPath())}
+	}
+	return c
 }
 
 // wrapArgs makes usage errors of what a command's Args says.

@@ -17,14 +17,12 @@ import (
 )
 
 func newPaging() *cobra.Command {
-	c := &cobra.Command{
+	return group(&cobra.Command{
 		Use:   "paging",
 		Short: "List, add and remove the paging files of a running pager",
 		Long: `Lists, adds and removes the files in which a running pager keeps what it has paged out, while tasks go on (default_pager_backing_store_create, _delete, _info). The
 pager's paging space must be of the kind file or tiered (serve --store). The files have no names, and are gone with the pager.`,
-	}
-	c.AddCommand(newPagingList(), newPagingAdd(), newPagingRemove())
-	return c
+	}, newPagingList(), newPagingAdd(), newPagingRemove())
 }
 
 func newPagingList() *cobra.Command {

@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"strconv"
 	"strings"
 	"time"
@@ -22,7 +21,7 @@ import (
 const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
 func newServe() *cobra.Command {
-	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreFile}, Level: slog.LevelInfo}
+	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreFile}}
 	resident, compressed, capacity := size(0), size(0), size(0)
 	var grace time.Duration
 	c := &cobra.Command{
@@ -41,6 +40,9 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 				return usageError{fmt.Errorf("--grace %v: want a time that is not negative (see machpager serve --help)", grace)}
 			}
 			o.Resident, o.Compressed, o.Capacity, o.Grace = int64(resident), int64(compressed), int64(capacity), grace
+			if err := o.Check(); err != nil {
+				return usageError{fmt.Errorf("%w (see machpager serve --help)", err)}
+			}
 			o.Ready = func(pid int) { fmt.Fprintf(c.OutOrStdout(), "the pager (process %d) listens at %s\n", pid, o.Socket) }
 			// Signals are Serve's own to count.
 			return spawn.Serve(context.WithoutCancel(c.Context()), o)
@@ -57,8 +59,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 	f.BoolVar(&o.GiveDevice, "hand-out-userfaultfd", false,
 		"give tasks an open /dev/userfaultfd: full userfaultfd for whoever may use the socket, which the sysctl vm.unprivileged_userfaultfd withholds")
 	f.DurationVar(&grace, "grace", 10*time.Second, "how long tasks may take to leave after the first signal")
-	f.TextVar(&o.Level, "log-level", o.Level, "debug, info, warn or error")
-	f.BoolVar(&o.JSON, "log-json", false, "log JSON")
+	logFlags(c, &o.Level, &o.JSON)
 	return c
 }
 

@@ -3,15 +3,16 @@ package daemon
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
 	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"machpager/internal/frames"
+	"machpager/pager/emm"
 )
 
 // Config is what a pager is told at its start. It travels from process to process as JSON.
@@ -36,43 +37,89 @@ const minResident = minPages * frames.PageSize
 // minCompressed is the least compressed memory that StoreTiered takes by itself, in bytes: slabs of each size and a reserve.
 const minCompressed = 4 << 20
 
+// Check finds what no pager could be started with: an unknown kind of paging space or group, and a budget that this machine does not have. It wraps
+// emm.InvalidArgument, or emm.ResourceShortage for the budget.
+func (c *Config) Check() error {
+	if c.Store != "" && !slices.Contains(Stores, c.Store) {
+		return fmt.Errorf("open paging space: kind %q: want one of %q: %w", c.Store, Stores, emm.InvalidArgument)
+	}
+	if c.Group != "" {
+		if _, err := groupID(c.Group); err != nil {
+			return fmt.Errorf("give the socket to group %q: %w: %w", c.Group, err, emm.InvalidArgument)
+		}
+	}
+	for _, x := range []struct {
+		what string
+		n    int64
+	}{{"resident memory", c.Resident}, {"compressed memory", c.Compressed}, {"paging space", c.Capacity}} {
+		if x.n < 0 {
+			return fmt.Errorf("%d bytes of %s: %w", x.n, x.what, emm.InvalidArgument)
+		}
+	}
+	if c.Resident != 0 {
+		return checkBudget(c.Resident)
+	}
+	return nil
+}
+
+// checkBudget refuses a budget that is too small to make progress in, or that no machine or control group of this size could hold. The tables that page-out
+// keeps are as large as the budget asks, so more would not merely be useless. Where the limit cannot be found out there is none.
+func checkBudget(n int64) error {
+	if n < minResident {
+		return fmt.Errorf("%d bytes of resident memory: at least %d are needed: %w", n, int64(minResident), emm.InvalidArgument)
+	}
+	total, err := memInfo("MemTotal")
+	if err != nil {
+		total = math.MaxInt64
+	}
+	most, whose := total, "this machine has"
+	if limit, _ := cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup"); limit < most {
+		most, whose = limit, "the control group of the pager may have"
+	}
+	if n > most {
+		return fmt.Errorf("%d bytes of resident memory: %s %d (what is paged out does not count: choose less, half of it is the default): %w", n, whose, most, emm.ResourceShortage)
+	}
+	return nil
+}
+
 // halfOfMemory is half of the memory that this process could have, in bytes: of what the machine has available and what every control group
 // above this process leaves.
 func halfOfMemory() (int64, error) {
-	avail, err := memAvailable()
+	avail, err := memInfo("MemAvailable")
 	if err != nil {
 		return 0, fmt.Errorf("find out how much memory there is (or say how much may be resident): %w", err)
 	}
-	n := min(avail, cgroupAvailable("/proc/self/cgroup", "/sys/fs/cgroup"))
+	_, left := cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup")
+	n := min(avail, left)
 	return max(n/2, minResident) &^ (frames.PageSize - 1), nil
 }
 
-// memAvailable is MemAvailable of proc_meminfo(5), in bytes.
-func memAvailable() (int64, error) {
+// memInfo is a line of proc_meminfo(5), in bytes.
+func memInfo(name string) (int64, error) {
 	b, err := os.ReadFile("/proc/meminfo")
 	if err != nil {
 		return 0, err
 	}
 	for sc := bufio.NewScanner(bytes.NewReader(b)); sc.Scan(); {
-		if f := strings.Fields(sc.Text()); len(f) >= 2 && f[0] == "MemAvailable:" {
+		if f := strings.Fields(sc.Text()); len(f) >= 2 && f[0] == name+":" {
 			kb, err := strconv.ParseInt(f[1], 10, 64)
 			if err != nil {
-				return 0, fmt.Errorf("/proc/meminfo: MemAvailable: %w", err)
+				return 0, fmt.Errorf("/proc/meminfo: %s: %w", name, err)
 			}
 			return kb << 10, nil
 		}
 	}
-	return 0, errors.New("/proc/meminfo has no MemAvailable")
+	return 0, fmt.Errorf("/proc/meminfo has no %s", name)
 }
 
-// cgroupAvailable is how much the control groups of this process leave it, in bytes; MaxInt64: no limit. Version 2 (memory.max, memory.current) and
-// version 1 (memory.limit_in_bytes, memory.usage_in_bytes), for the group and all above it. What cannot be read sets no limit.
-func cgroupAvailable(self, root string) int64 {
+// cgroupMemory is how much the control groups of this process allow it, and how much of that is left, in bytes; MaxInt64: no limit. Version 2 (memory.max,
+// memory.current) and version 1 (memory.limit_in_bytes, memory.usage_in_bytes), for the group and all above it. What cannot be read sets no limit.
+func cgroupMemory(self, root string) (most, left int64) {
+	most, left = math.MaxInt64, math.MaxInt64
 	b, err := os.ReadFile(self)
 	if err != nil {
-		return math.MaxInt64
+		return most, left
 	}
-	least := int64(math.MaxInt64)
 	for line := range strings.Lines(string(b)) {
 		part := strings.SplitN(strings.TrimSpace(line), ":", 3)
 		if len(part) != 3 {
@@ -87,16 +134,16 @@ func cgroupAvailable(self, root string) int64 {
 		}
 		for group := filepath.Join("/", part[2]); ; group = filepath.Dir(group) {
 			dir := filepath.Join(base, group)
-			if most, ok := readNumber(filepath.Join(dir, limit)); ok {
+			if n, ok := readNumber(filepath.Join(dir, limit)); ok {
 				used, _ := readNumber(filepath.Join(dir, usage))
-				least = min(least, max(0, most-used))
+				most, left = min(most, n), min(left, max(0, n-used))
 			}
 			if group == "/" {
 				break
 			}
 		}
 	}
-	return least
+	return most, left
 }
 
 // readNumber is false for "max", and where there is no such file.

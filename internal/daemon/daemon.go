@@ -185,6 +185,9 @@ func (d *Daemon) drain() { d.stopOnce.Do(func() { close(d.stop) }) }
 
 // open makes everything that does not need a task. What it made when it fails is close's.
 func (d *Daemon) open(link *os.File) (err error) {
+	if err = d.config.Check(); err != nil {
+		return err
+	}
 	if err = uffd.HaveRequired(); err != nil {
 		return err
 	}
@@ -203,9 +206,6 @@ func (d *Daemon) open(link *os.File) (err error) {
 		if d.budget, err = halfOfMemory(); err != nil {
 			return err
 		}
-	}
-	if d.budget < minResident {
-		return fmt.Errorf("%d bytes of resident memory: at least %d are needed: %w", d.budget, int64(minResident), emm.InvalidArgument)
 	}
 	if d.frames, err = frames.Open(frames.Options{Budget: d.budget, Kind: d.config.Frames, Log: d.log}); err != nil {
 		return err

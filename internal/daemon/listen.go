@@ -23,7 +23,7 @@ func listen(path, group string) (*net.UnixListener, error) {
 		}
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("listen at %s: %w", path, err)
+		return nil, fmt.Errorf("listen at %s: %w%s", path, err, listenHint(err))
 	}
 	if st, err := os.Lstat(path); err == nil {
 		if st.Mode()&os.ModeSocket == 0 {
@@ -44,7 +44,7 @@ func listen(path, group string) (*net.UnixListener, error) {
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
 	unix.Umask(old)
 	if err != nil {
-		return nil, fmt.Errorf("listen at %s: %w", path, err)
+		return nil, fmt.Errorf("listen at %s: %w%s", path, err, listenHint(err))
 	}
 	if gid >= 0 {
 		err = os.Chown(path, -1, gid)
@@ -57,6 +57,14 @@ func listen(path, group string) (*net.UnixListener, error) {
 		}
 	}
 	return l, nil
+}
+
+// listenHint is the remedy for a socket that cannot be made.
+func listenHint(err error) string {
+	if errors.Is(err, os.ErrPermission) {
+		return " (name a socket in a directory of yours with --socket, or run as root)"
+	}
+	return ""
 }
 
 func groupID(name string) (int, error) {

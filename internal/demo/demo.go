@@ -11,6 +11,7 @@ package demo
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -19,6 +20,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // argv0 is what a process started by this package is called, and known by. argv[1] is its role.
@@ -90,7 +93,7 @@ func (p *peer) call(req request, live func(report)) (report, error) {
 			return report{}, p.lost(req.Do, err)
 		}
 		if r.Err != "" {
-			return r, fmt.Errorf("%s: %s: %s", p.role, req.Do, r.Err)
+			return r, fmt.Errorf("%s: %s: %w", p.role, req.Do, taskError{r.Err, r.Errno})
 		}
 		if r.Done {
 			return r, nil
@@ -100,6 +103,17 @@ func (p *peer) call(req request, live func(report)) (report, error) {
 		}
 	}
 }
+
+// taskError is what a task has failed with.
+type taskError struct {
+	text  string
+	errno unix.Errno // 0: none
+}
+
+func (e taskError) Error() string { return e.text }
+
+// Is finds the errno, and what it stands for (fs.ErrPermission, ...).
+func (e taskError) Is(target error) bool { return e.errno != 0 && errors.Is(e.errno, target) }
 
 // lost says why a task does not answer.
 func (p *peer) lost(do string, err error) error {

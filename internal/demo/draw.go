@@ -66,7 +66,11 @@ func (s *share) printf(format string, args ...any) {
 
 func (s *share) heading() {
 	r, i := s.res, s.res.Pager
-	s.printf("%s: %s, %d pages of %d bytes\n", filepath.Base(r.File), bytesText(r.Size), (r.Size-1)/int64(r.PageSize)+1, r.PageSize)
+	pages := "1 page"
+	if n := (r.Size-1)/int64(r.PageSize) + 1; n > 1 {
+		pages = fmt.Sprintf("%d pages", n)
+	}
+	s.printf("%s: %s, %s of %d bytes\n", filepath.Base(r.File), bytesText(r.Size), pages, r.PageSize)
 	s.printf("pager %d", i.PagerPID)
 	if i.GuardianPID != 0 {
 		s.printf(", guardian %d", i.GuardianPID)
@@ -134,6 +138,9 @@ func bytesText(n int64) string {
 	for f >= 1024 && unit < 4 {
 		f /= 1024
 		unit++
+	}
+	if n == 1 {
+		return "1 byte"
 	}
 	if unit == 0 {
 		return fmt.Sprintf("%d bytes", n)

@@ -59,7 +59,8 @@ type SortResult struct {
 	Records     int64         `json:"records"`
 	Workers     int           `json:"workers"`
 	Runs        int           `json:"runs"`
-	Pager       region.Info   `json:"pager"` // at the start
+	Passes      int           `json:"passes"` // of the merge: each reads and writes all
+	Pager       region.Info   `json:"pager"`  // at the start
 	Steps       []SortStep    `json:"steps"`
 	Elapsed     time.Duration `json:"elapsed_ns"` // of the sort itself: runs and merge
 	Budget      int64         `json:"budget_bytes"`
@@ -345,7 +346,7 @@ func (j *job) plain(ctx context.Context, want multiset) (*memory, error) {
 		return nil, err
 	}
 	j.res.Plain = &PlainSort{}
-	runs := j.res.Runs
+	runs, passes := j.res.Runs, j.res.Passes
 	got, err := j.load(ctx, a)
 	result := a
 	if err == nil && got != want {
@@ -354,7 +355,7 @@ func (j *job) plain(ctx context.Context, want multiset) (*memory, error) {
 	if err == nil {
 		result, err = j.sort(ctx, a, b, &j.res.Plain.Elapsed)
 	}
-	j.res.Runs = runs
+	j.res.Runs, j.res.Passes = runs, passes
 	if err != nil {
 		return nil, errors.Join(err, a.close(), b.close())
 	}

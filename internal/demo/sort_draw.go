@@ -143,7 +143,8 @@ func (j *job) verdict(same, held bool) {
 		return no
 	}
 	j.printf("  %c absent  %c clean  %c dirty\n\n", glyphAbsent, glyphClean, glyphDirty)
-	j.printf("sorted    %.2f s, %.1f MiB/s: %d runs, then merged\n", r.Elapsed.Seconds(), float64(r.Size)/(1<<20)/max(r.Elapsed.Seconds(), 1e-9), r.Runs)
+	j.printf("sorted    %.2f s, %.1f MiB/s: %d runs, merged in %s\n", r.Elapsed.Seconds(), float64(r.Size)/(1<<20)/max(r.Elapsed.Seconds(), 1e-9), r.Runs,
+		say(r.Passes == 1, "one pass", fmt.Sprintf("%d passes, for so little memory cannot hold a block of each run", r.Passes)))
 	j.printf("order     %s\n", say(r.Sorted, "each key is not less than the one before", "WRONG"))
 	j.printf("records   %d, checksum %s before and %s after: %s\n", r.Records, r.InputSum, r.OutputSum, say(same, "equal", "DIFFERENT"))
 	if r.Plain == nil {

@@ -18,7 +18,9 @@ const leastBlock = 32 << 10
 // mergeAll merges the runs of from until there is one, and returns the memory that it is in. More runs than can be read at once take several passes.
 func (j *job) mergeAll(ctx context.Context, from, to *memory, runs []run) (*memory, error) {
 	fanIn := int(max(2, j.budget/4/int64(j.workers)/leastBlock))
+	j.res.Passes = 1
 	for len(runs) > fanIn {
+		j.res.Passes++
 		var groups [][]run
 		for g := range slices.Chunk(runs, fanIn) {
 			groups = append(groups, g)

@@ -43,13 +43,14 @@ type request struct {
 // report is one line from a task: how far it is, or Done.
 type report struct {
 	Done     bool
-	Err      string  `json:",omitempty"`
-	Port     string  `json:",omitempty"` // after map
-	PageSize int     `json:",omitempty"` // after map
-	Hash     string  `json:",omitempty"` // after hash
-	Bytes    int64   // how far, in this step
-	Counts   Counts  // of this step, as the pager counts them
-	Touch    Latency // of this step, as the thread sees them
+	Err      string     `json:",omitempty"`
+	Errno    unix.Errno `json:",omitempty"` // that Err is about
+	Port     string     `json:",omitempty"` // after map
+	PageSize int        `json:",omitempty"` // after map
+	Hash     string     `json:",omitempty"` // after hash
+	Bytes    int64      // how far, in this step
+	Counts   Counts     // of this step, as the pager counts them
+	Touch    Latency    // of this step, as the thread sees them
 	Elapsed  time.Duration
 }
 
@@ -105,6 +106,7 @@ func taskMain(ctx context.Context, l *lines) error {
 		r.Done = true
 		if err != nil {
 			r.Err = err.Error()
+			errors.As(err, &r.Errno)
 		}
 		if err := l.enc.Encode(r); err != nil {
 			return err

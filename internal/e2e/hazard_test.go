@@ -70,7 +70,10 @@ func servePager(c *conn) error {
 	if o.Resident == 0 {
 		o.Resident = 64 << 20
 	}
-	p, err := startPager(context.Background(), spawn.Options{Resident: o.Resident, Socket: o.Socket, Memory: o.Memory, Store: o.Store, Dir: o.Dir,
+	if o.Memory {
+		o.Store = "memory"
+	}
+	p, err := startPager(context.Background(), spawn.Options{Resident: o.Resident, Socket: o.Socket, Store: o.Store, Dir: o.Dir,
 		Compressed: o.Compressed, Capacity: o.Capacity})
 	if err != nil {
 		return err

@@ -18,7 +18,7 @@ func TestResident(t *testing.T) { run(t, "resident", nil, nil, nil) }
 
 func resident(ctx context.Context) error {
 	const budget, most, least = 16 << 20, 1 << 20, 4 << 20
-	p, err := spawn.Start(ctx, &spawn.Options{Resident: budget, Memory: true})
+	p, err := spawn.Start(ctx, &spawn.Options{Resident: budget, Store: "memory"})
 	if err != nil {
 		return err
 	}

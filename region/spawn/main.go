@@ -87,6 +87,9 @@ func Main(managers ...Manager) {
 	flush()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", role, err)
+		if daemon.Refused(err) {
+			os.Exit(daemon.StatusRefused)
+		}
 		os.Exit(1)
 	}
 	os.Exit(0)

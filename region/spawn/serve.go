@@ -4,9 +4,11 @@ package spawn
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"time"
@@ -16,6 +18,9 @@ import (
 	"machpager/internal/daemon"
 	"machpager/internal/guardian"
 )
+
+// ErrRefused says that the system does not permit what the pager needs, or is too old. The pager has said on standard error what it is.
+var ErrRefused = errors.New("the pager was refused what it needs (it has said what)")
 
 // ServeOptions of Serve. Socket is needed.
 type ServeOptions struct {
@@ -59,6 +64,9 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	cmd := childCommand(self, rolePager)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := guardian.Run(guardian.Options{Command: cmd, Hello: b, Stop: signals, Grace: o.Grace, Ready: o.Ready, Log: o.Log}); err != nil {
+		if ended := (*exec.ExitError)(nil); errors.As(err, &ended) && ended.ExitCode() == daemon.StatusRefused {
+			err = fmt.Errorf("%w: %w", ErrRefused, err)
+		}
 		return fmt.Errorf("serve: %w", err)
 	}
 	return nil

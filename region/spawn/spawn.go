@@ -32,7 +32,6 @@ import (
 
 	"machpager/internal/daemon"
 	"machpager/internal/ipc"
-	"machpager/pager/emm"
 	"machpager/region"
 )
 
@@ -47,7 +46,6 @@ type Options struct {
 	Resident   int64        // bytes of memory all objects together may occupy; 0: half of what is available (cgroup limits included)
 	Dir        string       // where paging files go; "": os.TempDir()
 	Store      string       // where contents go: "file", "memory", "compressed" memory, or "tiered", compressed memory before a file; "": "file"
-	Memory     bool         // the same as Store "memory"; Store must be ""
 	Compressed int64        // bytes of memory that compressed contents may take, beside Resident; 0: of "tiered" half of Resident, else no limit
 	Capacity   int64        // bytes of paging space; 0: what there is
 	Socket     string       // listen here too, so that other processes can Dial it; "": private
@@ -134,12 +132,6 @@ func (o *Options) hello() (hello, string, error) {
 	}
 	h := hello{Version: helloVersion, Role: roleGuardian, JSON: true, Pipe: true, Config: daemon.Config{
 		Resident: o.Resident, Dir: o.Dir, Store: o.Store, Compressed: o.Compressed, Capacity: o.Capacity, Socket: o.Socket}}
-	if o.Memory {
-		if o.Store != "" {
-			return hello{}, "", fmt.Errorf("choose paging space: both Memory and Store %q are given: %w", o.Store, emm.InvalidArgument)
-		}
-		h.Config.Store = daemon.StoreMemory
-	}
 	h.Level = levelOf(o.Log)
 	if h.Config.Dir == "" {
 		h.Config.Dir = os.TempDir()

@@ -129,11 +129,11 @@ func ended(t *testing.T, pid int) {
 }
 
 func TestStart(t *testing.T) {
-	for _, memory := range []bool{false, true} {
-		t.Run(fmt.Sprintf("memory=%v", memory), func(t *testing.T) {
+	for _, store := range []string{"", "memory"} {
+		t.Run(fmt.Sprintf("store=%s", store), func(t *testing.T) {
 			ctx := testContext(t)
 			log := &logBuffer{}
-			p := start(t, &spawn.Options{Memory: memory, Log: slog.New(slog.NewTextHandler(log, nil))})
+			p := start(t, &spawn.Options{Store: store, Log: slog.New(slog.NewTextHandler(log, nil))})
 			info, err := p.Info(ctx)
 			if err != nil {
 				t.Fatal(err)
@@ -487,7 +487,7 @@ func TestMuteManager(t *testing.T) {
 // TestNothingLeft: fds, goroutines and children after many pagers.
 func TestNothingLeft(t *testing.T) {
 	once := func() {
-		p := start(t, &spawn.Options{Memory: true})
+		p := start(t, &spawn.Options{Store: "memory"})
 		if r, err := p.Allocate(testContext(t), 1<<20, nil); err != nil {
 			t.Fatal(err)
 		} else {
