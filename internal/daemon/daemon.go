@@ -37,6 +37,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/frames"
 	"machpager/internal/guardian"
 	"machpager/internal/ipc"
@@ -109,6 +110,9 @@ func Run(o Options) error {
 	d := &Daemon{config: o.Config, managers: map[string]*Manager{}, log: o.Log, tier: privilege(), stop: make(chan struct{})}
 	d.objects.init()
 	d.limits.init()
+	if err := failpoint.Arm(o.Failpoints); err != nil {
+		return fmt.Errorf("start pager: %w", err)
+	}
 	for i, m := range o.Managers {
 		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
 			return fmt.Errorf("start pager: memory manager %q: want a name of its own and an Open function", m.Name)
@@ -193,6 +197,16 @@ func (d *Daemon) open(link *os.File) (err error) {
 	}
 	if d.guardian, err = guardian.NewClient(link, d.drain, d.log); err != nil {
 		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
+	defer cancel()
+	items, err := d.guardian.Items(ctx)
+	if err != nil {
+		return err
+	}
+	if len(items) > 0 {
+		guardian.CloseItems(items)
+		return fmt.Errorf("take over %d items of another pager: %w", len(items), errors.ErrUnsupported)
 	}
 	if d.probe, err = newProber(); err != nil {
 		return err

@@ -54,11 +54,8 @@ type ending struct {
 	ranges []Range // guarded by mu; by length. A remap changes them
 }
 
-func newEnding(fd *uffd.FD, ranges map[uint64]Range, log *slog.Logger) *ending {
-	e := &ending{fd: fd, log: log}
-	for _, r := range ranges {
-		e.ranges = append(e.ranges, r)
-	}
+func newEnding(fd *uffd.FD, ranges []Range, log *slog.Logger) *ending {
+	e := &ending{fd: fd, log: log, ranges: ranges}
 	slices.SortFunc(e.ranges, func(a, b Range) int {
 		switch {
 		case a.Len < b.Len:

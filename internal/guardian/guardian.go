@@ -1,19 +1,25 @@
-// Package guardian is the process that starts the pager and outlives it. It holds a copy of every task's userfaultfd with the ranges registered
-// on it, and of every task's socket. When the pager is gone, however it went, the guardian answers the faults that are left: with SIGBUS,
-// never with zeros, never with silence.
+// Package guardian is the process that starts the pager and outlives it. It holds what must not end with a pager: a copy of every task's userfaultfd with
+// the ranges registered on it, of every task's socket, and of every file and piece of memory that a pager's state is in. When the pager dies it starts another, which
+// gets all that and goes on. When there is to be no other, the guardian answers the faults that are left: with SIGBUS, never with zeros, never with silence.
 //
-// It must have nothing to fail: it knows names and file descriptors, and neither objects nor contents. It touches no memory but its own, waits
+// It must have nothing to fail: it knows names, a few words and file descriptors, and neither objects nor contents. It touches no memory but its own, waits
 // for no lock that somebody holds across a system call on a task's memory, and does nothing at all while the pager lives but note what it is told.
 //
 // # The link
 //
 // Pager and guardian talk over a SOCK_SEQPACKET socket (package ipc): the pager's [Client] calls Put and Drop, each acknowledged. The pager
-// lets a task touch a mapping only after the guardian has its range, so there is no fault that nobody could answer. The guardian
-// calls Stop.
+// lets a task touch a mapping only after the guardian has its range, so there is no fault that nobody could answer; and it tells a task of nothing that
+// should last before the guardian has it. The guardian gives each new pager all that it holds (Give, then Given), and calls Stop.
+//
+// # The death of a pager
+//
+// It is certain when waitpid says so: until then nobody else may touch the state. What the dead pager had sent still counts. Another pager is started at
+// once; if it dies soon, after a delay; if too many in a row die soon (Options.Restarts), or the new one says that the state is none it can read
+// (ExitState), there is no other. While there is no pager, threads wait in their faults and calls wait for their replies: the new pager wakes and answers them.
 //
 // # The end of a task
 //
-// It begins for all tasks when waitpid says that the pager is gone, and for one task when the pager says that it has left while its memory may
+// It begins for all tasks when there is to be no other pager, and for one task when the pager says that it has left while its memory may
 // live on (EndTask). First the sockets are shut down, so that every call fails. Then, for each userfaultfd at the same time: every wait is woken (the dead
 // pager may have read the message of any of them), the threads fault again, and each fault is answered by poison on that page (a
 // write-protect fault: by taking the protection away, for the bytes are right and nobody evicts any more). Beside that all that is absent is
@@ -23,7 +29,7 @@
 //
 // # Locks
 //
-// table.mu and ending.mu, both leaves, never held together.
+// table.mu and ending.mu, both leaves, never held together. While the items are given to a new pager they do not change: it may put and drop when it has all.
 package guardian
 
 import (
@@ -41,25 +47,29 @@ import (
 
 // Options for Run. Command is needed.
 type Options struct {
-	// Command is the pager, not started yet. Run adds the link as its fd 3 and, if there is one, Client as fd 4.
-	Command *exec.Cmd
+	// Command makes the command of a pager, not started yet. Run adds the link as its fd 3 and, if there is one, Client as fd 4.
+	Command func() *exec.Cmd
 	// Hello is one packet that lies on the link before the pager starts.
 	Hello []byte
-	// Client is the socket of the task that started all this: given to the pager, and shut down when the pager has gone. Stays the caller's. nil: none.
+	// Client is the socket of the task that started all this: given to every pager, and shut down when the last has gone. Stays the caller's. nil: none.
 	Client *os.File
+	// Restarts is how many deaths in a row, each within Settled of its start, are answered with a new pager. 0: none, the first death is the end.
+	Restarts int
+	// Settled is how long a pager must have lived for its death to be the first in a row again; 0: 10 s.
+	Settled time.Duration
 	// Stop ends the pager in order: from the first value on it takes no tasks, and those it has may leave until Grace is over. The second value is the
 	// end of the grace, the third the end of the guardian. nil: never.
 	Stop <-chan os.Signal
 	// Grace is how long tasks may take to leave after Stop; 0: 10 s.
 	Grace time.Duration
-	// Ready is called once when the pager serves; nil: nothing.
+	// Ready is called whenever a pager serves; nil: nothing.
 	Ready func(pid int)
 	// Log hears what an operator should know; nil: nobody.
 	Log *slog.Logger
 }
 
-// Run starts the pager, holds what it is told to hold, and returns when the pager has ended and nothing is left that would need an answer. It
-// fails if the pager could not be started, or ended in any other way than with status 0.
+// Run starts the pager, holds what it is told to hold, starts another when it dies, and returns when the last has ended and nothing is left that would
+// need an answer. It fails if the first pager could not be started, and if the last one ended in any other way than with status 0.
 func Run(o Options) error {
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -67,78 +77,20 @@ func Run(o Options) error {
 	if o.Grace == 0 {
 		o.Grace = 10 * time.Second
 	}
-	t := newTable(o.Log)
-	conn, theirs, err := pair(o.Hello)
-	if err != nil {
-		return fmt.Errorf("start pager: %w", err)
+	if o.Settled == 0 {
+		o.Settled = 10 * time.Second
 	}
-	ready := make(chan struct{}, 1)
-	link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: t.handler(ready), Log: o.Log})
-	defer link.Close()
-	o.Command.ExtraFiles = []*os.File{theirs}
-	if o.Client != nil {
-		o.Command.ExtraFiles = append(o.Command.ExtraFiles, o.Client)
-	}
-	err = o.Command.Start()
-	theirs.Close()
-	if err != nil {
-		return fmt.Errorf("start pager: %w", err)
-	}
-	status := make(chan error, 1)
-	go func() { status <- o.Command.Wait() }()
-
-	err = supervise(o, link, ready, status)
+	s := &supervisor{Options: o, table: newTable(o.Log)}
+	err := s.run()
 	if o.Client != nil {
 		shutdown(int(o.Client.Fd()))
 	}
-	// What the pager said before it ended is still on the link.
-	select {
-	case <-link.Done():
-	case <-time.After(time.Second):
-	}
-	link.Close()
-	t.endAll()
-	if n := t.len(); n > 0 {
+	s.table.endAll()
+	if n := s.table.tasks(); n > 0 {
 		o.Log.Warn("the pager is gone; its tasks' faults end with SIGBUS", "tasks", n, "err", err)
 	}
-	t.wait(o.Stop)
+	s.table.wait(o.Stop)
 	return err
-}
-
-// supervise returns when the pager has ended, with what it ended with.
-func supervise(o Options, link *ipc.Link, ready <-chan struct{}, status <-chan error) error {
-	var (
-		stops   int
-		grace   <-chan time.Time
-		killed  bool
-		process = o.Command.Process
-	)
-	for {
-		select {
-		case err := <-status:
-			if err != nil && !(killed && stops > 0) {
-				return fmt.Errorf("pager %d ended: %w", process.Pid, err)
-			}
-			return nil
-		case <-ready:
-			if o.Ready != nil {
-				o.Ready(process.Pid)
-			}
-		case <-o.Stop:
-			if stops++; stops == 1 {
-				o.Log.Info("stopping: no new tasks; those that are there may leave", "grace", o.Grace)
-				grace = time.After(o.Grace)
-				go stop(link, o.Grace)
-				continue
-			}
-			killed = true
-			process.Kill()
-		case <-grace:
-			o.Log.Warn("the grace is over: ending the pager")
-			killed = true
-			process.Kill()
-		}
-	}
 }
 
 // stop asks the pager to end. That it does not answer is the grace's business.

@@ -24,6 +24,8 @@ func TestMain(m *testing.M) {
 	switch os.Args[0] {
 	case pagerRole:
 		exit(pagerMain(os.Args[1:]))
+	case workerRole:
+		exit(workerMain())
 	case taskRole:
 		exit(taskMain())
 	}
@@ -43,24 +45,32 @@ const patience = 20 * time.Second
 // setup is one guardian with its pager.
 type setup struct {
 	t     *testing.T
-	cmd   *exec.Cmd
 	lines chan string
 	ended chan error // of Run
 	ready chan int
 	stop  chan os.Signal
 }
 
-// begin runs a guardian whose stand-in pager has these arguments.
+// begin runs a guardian whose stand-in pager has these arguments, and which starts no other.
 func begin(t *testing.T, grace time.Duration, args ...string) *setup {
+	t.Helper()
+	return run(t, guardian.Options{Grace: grace}, args...)
+}
+
+func run(t *testing.T, o guardian.Options, args ...string) *setup {
 	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &setup{t: t, cmd: exec.Command("/proc/self/exe"), lines: make(chan string, 100), ended: make(chan error, 1), ready: make(chan int, 1),
-		stop: make(chan os.Signal, 3)}
-	s.cmd.Args = append([]string{pagerRole}, args...)
-	s.cmd.Stdout, s.cmd.Stderr = w, os.Stderr
+	s := &setup{t: t, lines: make(chan string, 100), ended: make(chan error, 1), ready: make(chan int, 1000), stop: make(chan os.Signal, 3)}
+	o.Command = func() *exec.Cmd {
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Args = append([]string{pagerRole}, args...)
+		cmd.Stdout, cmd.Stderr = w, os.Stderr
+		return cmd
+	}
+	o.Hello, o.Stop, o.Ready = []byte("hello"), s.stop, func(pid int) { s.ready <- pid }
 	go func() {
 		defer close(s.lines)
 		for sc := bufio.NewScanner(r); sc.Scan(); {
@@ -69,7 +79,7 @@ func begin(t *testing.T, grace time.Duration, args ...string) *setup {
 		r.Close()
 	}()
 	go func() {
-		s.ended <- guardian.Run(guardian.Options{Command: s.cmd, Hello: []byte("hello"), Stop: s.stop, Grace: grace, Ready: func(pid int) { s.ready <- pid }})
+		s.ended <- guardian.Run(o)
 		w.Close()
 	}()
 	return s
@@ -268,7 +278,7 @@ func TestStop(t *testing.T) {
 
 // TestStartFails: a pager that cannot be executed, or dies at once.
 func TestStartFails(t *testing.T) {
-	if err := guardian.Run(guardian.Options{Command: exec.Command("/nonexistent")}); !errors.Is(err, os.ErrNotExist) {
+	if err := guardian.Run(guardian.Options{Command: func() *exec.Cmd { return exec.Command("/nonexistent") }}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("got %v, want that there is no such file", err)
 	}
 	if err := begin(t, 0, "unheard of").end(patience); err == nil || !strings.Contains(err.Error(), "exit status 1") {

@@ -34,6 +34,13 @@ func pagerMain(args []string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	items, err := c.Items(ctx)
+	if err != nil {
+		return err
+	}
+	if f := lives[args[0]]; f != nil {
+		return f(ctx, c, items, args[1:], stop)
+	}
 	if err := c.Ready(ctx); err != nil {
 		return err
 	}

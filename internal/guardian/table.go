@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -14,21 +15,21 @@ import (
 	"machpager/uffd"
 )
 
-// Items that only this package speaks of, beside those of package ipc.
-const (
-	itemSocket ipc.ItemKind = 32 + iota // fd: a copy of a task's socket; ID: the session
-	itemEnd                             // no fd; ID: a session whose task has left the pager while its memory may live on
-)
-
 // Range is a part of a task's address space, in bytes: registered on its userfaultfd.
 type Range struct{ Start, Len uint64 }
 
-// task is what is held of one task. Guarded by table.mu.
-type task struct {
-	name   string
-	fd     *uffd.FD // nil: not told yet
-	socket int      // -1: not told yet
-	ranges map[uint64]Range
+// key names an item.
+type key struct {
+	kind ipc.ItemKind
+	id   uint64
+}
+
+// item is what is held under a key. Guarded by table.mu.
+type item struct {
+	order        uint64 // of its first Put
+	parent, a, b uint64
+	tail         []byte
+	fd           int // -1: none
 }
 
 // table is all that the guardian knows.
@@ -37,16 +38,17 @@ type table struct {
 	eager *allowance // immutable
 
 	mu      sync.Mutex
-	tasks   map[uint64]*task    // guarded by mu; by session
-	owner   map[uint64]uint64   // guarded by mu; mapping to session
-	ending  map[uint64]*ending  // guarded by mu; tasks nobody else answers for any more
-	kept    map[string]*os.File // guarded by mu; arenas and files by name
-	changed chan struct{}       // guarded by mu; closed and replaced when an ending is over or has poisoned all
+	order   uint64                         // guarded by mu; of the last item
+	items   map[key]*item                  // guarded by mu
+	ranges  map[uint64]map[uint64]struct{} // guarded by mu; of each session
+	giving  bool                           // guarded by mu: the items are being given to a new pager, and stay as they are
+	ending  map[uint64]*ending             // guarded by mu; tasks nobody else answers for any more
+	changed chan struct{}                  // guarded by mu; closed and replaced when an ending is over or has poisoned all
 }
 
 func newTable(log *slog.Logger) *table {
-	return &table{log: log, eager: newAllowance(eagerMax), tasks: map[uint64]*task{}, owner: map[uint64]uint64{}, ending: map[uint64]*ending{},
-		kept: map[string]*os.File{}, changed: make(chan struct{})}
+	return &table{log: log, eager: newAllowance(eagerMax), items: map[key]*item{}, ranges: map[uint64]map[uint64]struct{}{}, ending: map[uint64]*ending{},
+		changed: make(chan struct{})}
 }
 
 // handler serves the pager's end of the link.
@@ -54,15 +56,15 @@ func (t *table) handler(ready chan<- struct{}) ipc.Handler {
 	return func(_ context.Context, m *ipc.Message) (ipc.Reply, error) {
 		switch m.Type {
 		case ipc.TypePut:
-			p, name, err := ipc.Decode[ipc.Put](m.Body)
+			p, tail, err := ipc.Decode[ipc.Put](m.Body)
 			if err == nil {
-				err = t.put(p, string(name), m)
+				err = t.put(p, tail, m)
 			}
 			return ipc.Reply{}, err
 		case ipc.TypeDrop:
 			d, _, err := ipc.Decode[ipc.Drop](m.Body)
 			if err == nil {
-				t.drop(d)
+				err = t.drop(d)
 			}
 			return ipc.Reply{}, err
 		case ipc.TypeReady:
@@ -77,126 +79,135 @@ func (t *table) handler(ready chan<- struct{}) ipc.Handler {
 }
 
 // put notes one item. Only fds that are kept are taken from m.
-func (t *table) put(p ipc.Put, name string, m *ipc.Message) error {
-	want, kind := 1, ipc.KindAny
-	switch p.Kind {
-	case ipc.ItemTask:
+func (t *table) put(p ipc.Put, tail []byte, m *ipc.Message) error {
+	least, most, kind := 1, 1, ipc.KindAny
+	switch {
+	case p.Kind == ipc.ItemTask:
 		kind = ipc.KindUffd
-	case itemSocket:
+	case p.Kind == ipc.ItemSocket:
 		kind = ipc.KindSocket
-	case ipc.ItemRange, itemEnd:
-		want = 0
-	case ipc.ItemArena, ipc.ItemFile:
-		kind = ipc.KindFile
+	case p.Kind == ipc.ItemRange || p.Kind == ipc.ItemEnd:
+		least, most = 0, 0
+	case p.Kind.Kept():
+		least = 0
 	default:
 		return fmt.Errorf("guardian: hold item of kind %d: %w", p.Kind, emm.InvalidArgument)
 	}
-	if m.NumFDs() != want {
-		return fmt.Errorf("guardian: hold item of kind %d: %d file descriptors, want %d: %w", p.Kind, m.NumFDs(), want, ipc.ErrMalformed)
+	if n := m.NumFDs(); n < least || n > most {
+		return fmt.Errorf("guardian: hold item of kind %d: %d file descriptors, want %d to %d: %w", p.Kind, n, least, most, ipc.ErrMalformed)
 	}
-	if want == 1 {
+	if m.NumFDs() == 1 {
 		if err := ipc.CheckKind(m.FD(0), kind); err != nil {
 			return fmt.Errorf("guardian: hold item of kind %d: %w", p.Kind, err)
 		}
 	}
+	if len(tail) > ipc.MaxItemTail {
+		return fmt.Errorf("guardian: hold item of kind %d: %d bytes of tail, at most %d: %w", p.Kind, len(tail), ipc.MaxItemTail, ipc.ErrMalformed)
+	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.giving {
+		return errGiving
+	}
 	switch p.Kind {
-	case ipc.ItemTask:
-		k := t.task(p.ID)
-		if k.fd != nil {
-			k.fd.Close()
-		}
-		unix.SetNonblock(m.FD(0), true) // the task can clear it again: serve looks
-		k.name, k.fd = name, uffd.FromFd(m.TakeFD(0))
-	case itemSocket:
-		k := t.task(p.ID)
-		if k.socket >= 0 {
-			unix.Close(k.socket)
-		}
-		k.socket = m.TakeFD(0)
+	case ipc.ItemEnd:
+		t.end(p.ID)
+		return nil
 	case ipc.ItemRange:
-		k := t.tasks[p.Parent]
 		switch {
-		case k == nil || k.fd == nil:
+		case t.items[key{ipc.ItemTask, p.Parent}] == nil:
 			return fmt.Errorf("guardian: hold range %d of task %d, whose userfaultfd it has not got: %w", p.ID, p.Parent, emm.InvalidName)
 		case p.A%pageSize != 0 || p.B%pageSize != 0 || p.B == 0 || p.A+p.B < p.A:
 			return fmt.Errorf("guardian: hold range %#x+%d, which is not whole pages: %w", p.A, p.B, emm.InvalidArgument)
 		}
-		k.ranges[p.ID] = Range{p.A, p.B}
-		t.owner[p.ID] = p.Parent
-	case itemEnd:
-		t.end(p.ID)
-	default:
-		f := os.NewFile(uintptr(m.TakeFD(0)), name)
-		if old := t.kept[name]; old != nil {
-			old.Close()
+		t.remove(key{p.Kind, p.ID}) // it may have been another session's
+		if t.ranges[p.Parent] == nil {
+			t.ranges[p.Parent] = map[uint64]struct{}{}
 		}
-		t.kept[name] = f
+		t.ranges[p.Parent][p.ID] = struct{}{}
+	case ipc.ItemTask:
+		unix.SetNonblock(m.FD(0), true) // the task can clear it again: serve looks
+	}
+	i := &item{parent: p.Parent, a: p.A, b: p.B, tail: slices.Clone(tail), fd: m.TakeFD(0)}
+	k := key{p.Kind, p.ID}
+	if old := t.items[k]; old != nil {
+		i.order = old.order
+		old.close()
+	} else {
+		t.order++
+		i.order = t.order
+	}
+	t.items[k] = i
+	return nil
+}
+
+// errGiving refuses a pager that does not wait until it has been given all.
+var errGiving = fmt.Errorf("guardian: the items are being given, wait for the last: %w", emm.Failure)
+
+func (i *item) close() {
+	if i.fd >= 0 {
+		unix.Close(i.fd)
+	}
+}
+
+func (t *table) drop(d ipc.Drop) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.giving {
+		return errGiving
+	}
+	t.remove(key{d.Kind, d.ID})
+	if d.Kind == ipc.ItemTask {
+		t.removeRanges(d.ID)
+		t.remove(key{ipc.ItemSocket, d.ID})
 	}
 	return nil
 }
 
-// task finds or makes. With mu held.
-func (t *table) task(id uint64) *task {
-	k := t.tasks[id]
-	if k == nil {
-		k = &task{socket: -1, ranges: map[uint64]Range{}}
-		t.tasks[id] = k
+// remove forgets an item and closes its fd. With mu held.
+func (t *table) remove(k key) {
+	i := t.items[k]
+	if i == nil {
+		return
 	}
-	return k
-}
-
-func (t *table) drop(d ipc.Drop) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	switch d.Kind {
-	case ipc.ItemTask:
-		if k := t.forget(d.ID); k != nil && k.fd != nil {
-			k.fd.Close()
+	delete(t.items, k)
+	i.close()
+	if k.kind == ipc.ItemRange {
+		if delete(t.ranges[i.parent], k.id); len(t.ranges[i.parent]) == 0 {
+			delete(t.ranges, i.parent)
 		}
-	case ipc.ItemRange:
-		if k := t.tasks[t.owner[d.ID]]; k != nil {
-			delete(k.ranges, d.ID)
-		}
-		delete(t.owner, d.ID)
 	}
 }
 
-// forget takes a task off the table and closes its socket; the userfaultfd is the caller's. With mu held.
-func (t *table) forget(id uint64) *task {
-	k := t.tasks[id]
-	if k == nil {
-		return nil
+// removeRanges forgets the ranges of a session, and returns them. With mu held.
+func (t *table) removeRanges(session uint64) []Range {
+	var rs []Range
+	for id := range t.ranges[session] {
+		k := key{ipc.ItemRange, id}
+		rs = append(rs, Range{t.items[k].a, t.items[k].b})
+		delete(t.items, k)
 	}
-	delete(t.tasks, id)
-	for m := range k.ranges {
-		delete(t.owner, m)
-	}
-	if k.socket >= 0 {
-		unix.Close(k.socket)
-	}
-	return k
+	delete(t.ranges, session)
+	return rs
 }
 
 // end begins the end of one task. With mu held.
 func (t *table) end(id uint64) {
-	k := t.tasks[id]
+	if s := t.items[key{ipc.ItemSocket, id}]; s != nil {
+		shutdown(s.fd)
+		t.remove(key{ipc.ItemSocket, id})
+	}
+	ranges := t.removeRanges(id)
+	k := t.items[key{ipc.ItemTask, id}]
 	if k == nil {
 		return
 	}
-	if k.socket >= 0 {
-		shutdown(k.socket)
-	}
-	t.forget(id)
-	if k.fd == nil {
+	delete(t.items, key{ipc.ItemTask, id})
+	if len(ranges) == 0 {
+		k.close()
 		return
 	}
-	if len(k.ranges) == 0 {
-		k.fd.Close()
-		return
-	}
-	e := newEnding(k.fd, k.ranges, t.log.With("task", k.name))
+	e := newEnding(uffd.FromFd(k.fd), ranges, t.log.With("task", string(k.tail)))
 	t.ending[id] = e
 	poisoned := make(chan struct{})
 	go func() {
@@ -215,21 +226,22 @@ func (t *table) end(id uint64) {
 	}()
 }
 
-// endAll begins the end of all tasks: first every connection, then every wait.
+// endAll begins the end of all tasks: first every connection, then every wait. Nothing is held after it.
 func (t *table) endAll() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, k := range t.tasks {
-		if k.socket >= 0 {
-			shutdown(k.socket)
+	for k, i := range t.items {
+		if k.kind == ipc.ItemSocket {
+			shutdown(i.fd)
 		}
 	}
-	for id := range t.tasks {
-		t.end(id)
+	for k := range t.items {
+		if k.kind == ipc.ItemTask {
+			t.end(k.id)
+		}
 	}
-	for name, f := range t.kept {
-		f.Close()
-		delete(t.kept, name)
+	for k := range t.items {
+		t.remove(k)
 	}
 }
 
@@ -241,11 +253,17 @@ func (t *table) note() {
 	t.changed = make(chan struct{})
 }
 
-// len is the number of tasks held or being ended.
-func (t *table) len() int {
+// tasks is the number of tasks held or being ended.
+func (t *table) tasks() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return len(t.tasks) + len(t.ending)
+	n := len(t.ending)
+	for k := range t.items {
+		if k.kind == ipc.ItemTask {
+			n++
+		}
+	}
+	return n
 }
 
 // wait returns when no task is left that would need an answer: all are gone, or, once stop was asked for (stop is not nil and the guardian is wanted

@@ -42,8 +42,9 @@ const (
 	TypeDrop  Type = 65
 	TypeReady Type = 66
 
-	TypeStop   Type = 96
-	TypeAccept Type = 97
+	TypeStop  Type = 96
+	TypeGive  Type = 97
+	TypeGiven Type = 98
 
 	TypeCancel Type = 128
 )
@@ -119,12 +120,13 @@ var specs = map[Type]spec{
 	TypeBackingStoreInfo:   {name: "BackingStoreInfo", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: BackingStoreInfoReply{}, Tail: TailText}},
 	TypeInfo:               {name: "Info", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: InfoReply{}, Tail: TailStrings}},
 
-	TypePut:   {name: "Put", request: Shape{Fixed: Put{}, Tail: TailText, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
+	TypePut:   {name: "Put", request: Shape{Fixed: Put{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
 	TypeDrop:  {name: "Drop", request: Shape{Fixed: Drop{}}, reply: Shape{Fixed: Empty{}}},
 	TypeReady: {name: "Ready", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
 
-	TypeStop:   {name: "Stop", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
-	TypeAccept: {name: "Accept", request: Shape{Fixed: Empty{}, MinFDs: 1, MaxFDs: 1, Kind: KindSocket}, reply: Shape{Fixed: Empty{}}},
+	TypeStop:  {name: "Stop", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
+	TypeGive:  {name: "Give", request: Shape{Fixed: Give{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
+	TypeGiven: {name: "Given", request: Shape{Fixed: Given{}}, reply: Shape{Fixed: Empty{}}},
 
 	TypeCancel: {name: "Cancel", request: Shape{Fixed: Cancel{}}, oneWay: true},
 }

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"os/exec"
 	"os/signal"
 	"sync/atomic"
 
@@ -111,9 +112,24 @@ func serveRole(h hello, managers []Manager, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	return guardian.Run(guardian.Options{Command: pagerCommand, Hello: b, Client: link, Restarts: restarts(h.Config), Log: log})
+}
+
+// pagerCommand is the command of a pager.
+func pagerCommand() *exec.Cmd {
 	cmd := childCommand(self, rolePager)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	return guardian.Run(guardian.Options{Command: cmd, Hello: b, Client: link, Log: log})
+	return cmd
+}
+
+// defaultRestarts is how many deaths in a row are answered with a new pager.
+const defaultRestarts = 0
+
+func restarts(c daemon.Config) int {
+	if c.Restarts == 0 {
+		return defaultRestarts
+	}
+	return max(c.Restarts, 0)
 }
 
 // readHello takes the greeting from fd 3. false: there is none, and nothing was taken.

@@ -61,9 +61,8 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	defer signal.Reset(unix.SIGHUP)
 	stop := context.AfterFunc(ctx, func() { signals <- unix.SIGTERM })
 	defer stop()
-	cmd := childCommand(self, rolePager)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	if err := guardian.Run(guardian.Options{Command: cmd, Hello: b, Stop: signals, Grace: o.Grace, Ready: o.Ready, Log: o.Log}); err != nil {
+	if err := guardian.Run(guardian.Options{Command: pagerCommand, Hello: b, Restarts: restarts(o.Config), Stop: signals, Grace: o.Grace, Ready: o.Ready,
+		Log: o.Log}); err != nil {
 		if ended := (*exec.ExitError)(nil); errors.As(err, &ended) && ended.ExitCode() == daemon.StatusRefused {
 			err = fmt.Errorf("%w: %w", ErrRefused, err)
 		}

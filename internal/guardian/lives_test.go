@@ -1,0 +1,255 @@
+package guardian_test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/guardian"
+	"machpager/internal/ipc"
+	"machpager/uffd"
+)
+
+// lives are stand-in pagers that are told what an earlier one has left. Each says "life" and its pid, and Ready when it is.
+var lives = map[string]func(ctx context.Context, c *guardian.Client, left []guardian.Item, args []string, stop <-chan struct{}) error{
+	"keeper": keeper,
+	"heir":   heir,
+	"quick":  quick,
+}
+
+const manyItems = 10000
+
+// keeper puts many items, and in its second life finds them again.
+func keeper(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []string, stop <-chan struct{}) error {
+	if len(left) > 0 {
+		if err := checkKept(left); err != nil {
+			fmt.Println("kept", err)
+			return err
+		}
+		fmt.Println("kept all")
+		guardian.CloseItems(left)
+		if err := errors.Join(c.Put(ctx, guardian.Item{Kind: ipc.ItemSetting, ID: 1}), c.Ready(ctx)); err != nil {
+			return err
+		}
+		<-stop
+		return c.Close()
+	}
+	fd, err := unix.MemfdCreate("kept", unix.MFD_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	unix.Pwrite(fd, []byte("kept"), 0)
+	for n := range uint64(manyItems) {
+		i := guardian.Item{Kind: ipc.ItemObject, ID: n, Parent: n + 1, A: n + 2, B: n + 3, Tail: binary.LittleEndian.AppendUint64(nil, n)}
+		if n%10 == 0 {
+			i.FD = fd
+		}
+		if err := c.Put(ctx, i); err != nil {
+			return err
+		}
+	}
+	for _, id := range []uint64{5, 20} { // one without, one with a descriptor: replaced, in its old place
+		if err := c.Put(ctx, guardian.Item{Kind: ipc.ItemObject, ID: id, Tail: []byte("replaced")}); err != nil {
+			return err
+		}
+	}
+	err = errors.Join(c.Drop(ctx, ipc.ItemObject, 7), c.Drop(ctx, ipc.ItemObject, 30), c.Drop(ctx, ipc.ItemObject, 1<<40),
+		c.Put(ctx, guardian.Item{Kind: ipc.ItemArena, ID: 7, Tail: make([]byte, ipc.MaxItemTail), FD: fd}))
+	if err != nil {
+		return err
+	}
+	if err := c.Put(ctx, guardian.Item{Kind: ipc.ItemArena, ID: 8, Tail: make([]byte, ipc.MaxItemTail+1)}); err == nil {
+		return errors.New("a tail that is too long was taken")
+	}
+	if err := c.Ready(ctx); err != nil {
+		return err
+	}
+	fmt.Println("put all")
+	select {}
+}
+
+func checkKept(left []guardian.Item) error {
+	if want := manyItems - 2 + 1; len(left) != want {
+		return fmt.Errorf("%d items, want %d", len(left), want)
+	}
+	n := uint64(0)
+	for _, i := range left[:len(left)-1] {
+		for n == 7 || n == 30 {
+			n++
+		}
+		want := guardian.Item{Kind: ipc.ItemObject, ID: n, Parent: n + 1, A: n + 2, B: n + 3}
+		tail, fd := string(binary.LittleEndian.AppendUint64(nil, n)), n%10 == 0
+		if n == 5 || n == 20 {
+			want, tail, fd = guardian.Item{Kind: ipc.ItemObject, ID: n}, "replaced", false
+		}
+		if i.Kind != want.Kind || i.ID != want.ID || i.Parent != want.Parent || i.A != want.A || i.B != want.B || string(i.Tail) != tail || (i.FD > 0) != fd {
+			return fmt.Errorf("got %+v, want %+v with %q and a descriptor %v", i, want, tail, fd)
+		}
+		var b [8]byte
+		if k := 0; fd {
+			if k, _ = unix.Pread(i.FD, b[:], 0); string(b[:k]) != "kept" {
+				return fmt.Errorf("item %d: the file has %q", n, b[:k])
+			}
+		}
+		n++
+	}
+	if i := left[len(left)-1]; i.Kind != ipc.ItemArena || len(i.Tail) != ipc.MaxItemTail || i.FD == 0 {
+		return fmt.Errorf("the last is %+v", i)
+	}
+	return nil
+}
+
+// quick serves once, and ends at once in all later lives, with the status it was given.
+func quick(ctx context.Context, c *guardian.Client, left []guardian.Item, args []string, _ <-chan struct{}) error {
+	fmt.Println("life", os.Getpid())
+	if len(left) == 0 {
+		if err := errors.Join(c.Put(ctx, guardian.Item{Kind: ipc.ItemSetting, ID: 1}), c.Ready(ctx)); err != nil {
+			return err
+		}
+		select {}
+	}
+	status := 0
+	fmt.Sscan(args[0], &status)
+	os.Exit(status)
+	return nil
+}
+
+const (
+	workerRole  = "guardian-test-worker"
+	workerPages = 64
+)
+
+// heir serves one worker through many lives: each page is full of its number.
+func heir(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []string, stop <-chan struct{}) error {
+	var raw, sock int
+	var start uint64
+	for _, i := range left {
+		switch i.Kind {
+		case ipc.ItemTask:
+			raw = i.FD
+		case ipc.ItemSocket:
+			sock = i.FD
+		case ipc.ItemRange:
+			start = i.A
+		}
+	}
+	if len(left) == 0 {
+		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return err
+		}
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Args = []string{workerRole}
+		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+		cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(pair[1]), "worker")}
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		unix.Close(pair[1])
+		msg, oob := make([]byte, 64), make([]byte, unix.CmsgSpace(4))
+		n, oobn, _, _, err := unix.Recvmsg(pair[0], msg, oob, unix.MSG_CMSG_CLOEXEC)
+		if err != nil {
+			return err
+		}
+		cm, err := unix.ParseSocketControlMessage(oob[:oobn])
+		if err != nil || len(cm) != 1 {
+			return fmt.Errorf("no userfaultfd: %w", err)
+		}
+		got, err := unix.ParseUnixRights(&cm[0])
+		if err != nil {
+			return err
+		}
+		raw, sock = got[0], pair[0]
+		fmt.Sscan(string(msg[:n]), &start)
+		if err := errors.Join(c.PutTask(ctx, 1, "worker", raw, sock), c.PutRange(ctx, 1, 1, guardian.Range{Start: start, Len: workerPages * page})); err != nil {
+			return err
+		}
+		unix.Write(sock, []byte("go"))
+	}
+	if raw <= 0 || sock <= 0 || start == 0 {
+		return fmt.Errorf("%d items, of which not all: userfaultfd %d, socket %d, range %#x", len(left), raw, sock, start)
+	}
+	fd := uffd.FromFd(raw)
+	if err := fd.Wake(start, workerPages*page); err != nil {
+		return err
+	}
+	if err := c.Ready(ctx); err != nil {
+		return err
+	}
+	go func() {
+		<-stop
+		unix.Write(sock, []byte("end"))
+	}()
+	var msgs [16]uffd.Msg
+	contents := make([]byte, page)
+	for {
+		p := [...]unix.PollFd{{Fd: int32(raw), Events: unix.POLLIN}, {Fd: int32(sock), Events: unix.POLLRDHUP}}
+		unix.Poll(p[:], -1)
+		if p[1].Revents != 0 { // the worker has gone
+			return errors.Join(c.DropTask(ctx, 1), c.Close())
+		}
+		n, err := fd.Read(msgs[:])
+		if err != nil {
+			return err
+		}
+		for _, m := range msgs[:n] {
+			at := m.Address() &^ (page - 1)
+			for i := range contents {
+				contents[i] = byte((at-start)/page) + 1
+			}
+			if _, err := fd.Copy(at, contents, 0); err != nil {
+				fd.Wake(at, page) // it is there already
+			}
+		}
+	}
+}
+
+// workerMain touches pages, looks at what is in them, and throws them away, until it is told to end.
+func workerMain() error {
+	time.AfterFunc(patience, func() { os.Exit(9) })
+	runtime.GOMAXPROCS(8) // a fault keeps its P
+	fmt.Println("task", os.Getpid())
+	fd, err := uffd.Open(&uffd.OpenOptions{Features: uffd.RequiredFeatures})
+	if err != nil {
+		return err
+	}
+	mem, err := unix.Mmap(-1, 0, workerPages*page, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
+	}
+	if _, err := fd.Register(addr(mem), uint64(len(mem)), uffd.RegisterMissing); err != nil {
+		return err
+	}
+	if err := unix.Sendmsg(3, []byte(fmt.Sprint(addr(mem))), unix.UnixRights(fd.Fd()), nil, 0); err != nil {
+		return err
+	}
+	var b [16]byte
+	if n, err := unix.Read(3, b[:]); n == 0 || err != nil {
+		return fmt.Errorf("no word from the pager: %w", err)
+	}
+	var over atomic.Bool
+	go func() {
+		unix.Read(3, b[:])
+		over.Store(true)
+	}()
+	touches := 0
+	for ; !over.Load(); touches++ {
+		p := touches * 7 % workerPages
+		if got := load(&mem[p*page+touches%page]); got != byte(p)+1 {
+			return fmt.Errorf("page %d has %d in it after %d touches", p, got, touches)
+		}
+		if err := unix.Madvise(mem[p*page:(p+1)*page], unix.MADV_DONTNEED); err != nil {
+			return err
+		}
+	}
+	fmt.Println("touches", touches)
+	return nil
+}

@@ -1,0 +1,114 @@
+package guardian_test
+
+import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os/exec"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/guardian"
+)
+
+// TestHandOver: a new pager is given what the old one had put, in that order, as it was at last.
+func TestHandOver(t *testing.T) {
+	before := fds(t)
+	s := run(t, guardian.Options{Restarts: 1}, "keeper")
+	s.line("put")
+	began := time.Now()
+	s.kill()
+	if got := s.line("kept"); got != "all" {
+		t.Error(got)
+	}
+	t.Logf("%d items: %v from the kill on", manyItems, time.Since(began))
+	s.stop <- unix.SIGTERM
+	if err := s.end(patience); err != nil {
+		t.Error(err)
+	}
+	for range s.lines {
+	}
+	noMore(t, before)
+}
+
+// TestHeirs: a task whose pager is killed again and again waits, and never sees anything but its data.
+func TestHeirs(t *testing.T) {
+	before := fds(t)
+	const kills = 40
+	s := run(t, guardian.Options{Restarts: 5, Settled: time.Nanosecond}, "heir")
+	s.task()
+	for range kills {
+		s.kill()
+		time.Sleep(time.Duration(rand.IntN(5)) * time.Millisecond)
+	}
+	select {
+	case <-s.ready: // the last one lives
+	case <-time.After(patience):
+		t.Fatal("no pager follows")
+	}
+	time.Sleep(100 * time.Millisecond)
+	s.stop <- unix.SIGTERM
+	var touches int
+	fmt.Sscan(s.line("touches"), &touches)
+	t.Logf("%d touches through %d kills", touches, kills)
+	if touches == 0 {
+		t.Errorf("no touch in the lives of %d pagers", kills+1)
+	}
+	if err := s.end(patience); err != nil {
+		t.Error(err)
+	}
+	for range s.lines {
+	}
+	noMore(t, before)
+}
+
+// TestGiveUp: no pager follows after too many deaths in a row, or when the state is none that it can read.
+func TestGiveUp(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		restarts int
+		status   int
+		lives    int
+	}{
+		{"never", 0, 1, 1},
+		{"twice", 2, 1, 3},
+		{"state", 5, guardian.ExitState, 2},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := run(t, guardian.Options{Restarts: c.restarts}, "quick", fmt.Sprint(c.status))
+			s.kill()
+			err := s.end(patience)
+			n := 0
+			for range s.lines {
+				n++
+			}
+			if n != c.lives {
+				t.Errorf("%d pagers, want %d", n, c.lives)
+			}
+			exit := (*exec.ExitError)(nil)
+			if !errors.As(err, &exit) {
+				t.Fatalf("ended with %v", err)
+			}
+			if st := exit.Sys().(syscall.WaitStatus); c.lives > 1 && st.ExitStatus() != c.status {
+				t.Errorf("ended with %v, want the status %d of the last pager", err, c.status)
+			}
+		})
+	}
+}
+
+// TestStopWhileDying: the second signal ends a guardian whose pager dies at once whenever it is started.
+func TestStopWhileDying(t *testing.T) {
+	s := run(t, guardian.Options{Restarts: 1000}, "quick", "1")
+	s.kill()
+	for range 4 { // the delay is a second by now
+		s.line("life")
+	}
+	s.stop <- unix.SIGTERM
+	s.stop <- unix.SIGTERM
+	if err := s.end(5 * time.Second); err != nil {
+		t.Error(err)
+	}
+}
