@@ -89,6 +89,29 @@ func Pair() (*Conn, *os.File, error) {
 // Send sends one frame with file descriptors. body is the encoded body. It waits while the other end does not read; ctx ends the wait, and then
 // nothing was sent. Fails with ErrGone, ErrClosed, or ctx's error.
 func (c *Conn) Send(ctx context.Context, h Header, body []byte, fds ...int) error {
+	if err := c.hold(ctx); err != nil {
+		return fmt.Errorf("send %v: %w", h.Type, err)
+	}
+	defer c.release()
+	return c.sendHeld(ctx, h, body, fds...)
+}
+
+// hold makes the caller the one who sends, until release: several frames of its own follow each other then.
+func (c *Conn) hold(ctx context.Context) error {
+	select {
+	case c.send <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-c.closed:
+		return ErrClosed
+	}
+}
+
+func (c *Conn) release() { <-c.send }
+
+// sendHeld is Send for who holds.
+func (c *Conn) sendHeld(ctx context.Context, h Header, body []byte, fds ...int) error {
 	if len(body) > MaxBody || len(fds) > MaxFDs {
 		return fmt.Errorf("send %v: %d bytes and %d file descriptors, limits are %d and %d: %w", h.Type, len(body), len(fds), MaxBody, MaxFDs, ErrMalformed)
 	}
@@ -104,16 +127,8 @@ func (c *Conn) Send(ctx context.Context, h Header, body []byte, fds ...int) erro
 	return nil
 }
 
-// write sends raw bytes as one packet.
+// write sends raw bytes as one packet. The caller holds.
 func (c *Conn) write(ctx context.Context, frame, oob []byte) error {
-	select {
-	case c.send <- struct{}{}:
-		defer func() { <-c.send }()
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-c.closed:
-		return ErrClosed
-	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}

@@ -14,12 +14,18 @@ type Header struct {
 	Type    Type   // what the body is
 	Seq     uint32 // number of the request, chosen by who calls, echoed in the reply
 	Length  uint32 // bytes of body and tail; the frame is exactly HeaderSize+Length long
-	Flags   uint16 // FlagReply
+	Flags   uint16 // FlagReply, FlagResend
 	FDs     uint16 // file descriptors that come with the frame
 }
 
 // FlagReply marks a reply. Each end numbers its own calls, so a seq means nothing without it.
 const FlagReply uint16 = 1 << 0
+
+// FlagResend marks a request that was sent before, with the same Seq, to a pager that died: it may have been done, and must not be done twice. See TypeRestarted.
+const FlagResend uint16 = 1 << 1
+
+// Resent reports whether the request was sent before, to a pager that died.
+func (h Header) Resent() bool { return h.Flags&FlagResend != 0 }
 
 // Reply reports whether the frame answers a call.
 func (h Header) Reply() bool { return h.Flags&FlagReply != 0 }
@@ -53,8 +59,8 @@ func ParseHeader(frame []byte) (Header, error) {
 			h.Version, Version, ErrVersion)
 	case uint64(h.Length) != uint64(len(frame)-HeaderSize):
 		return h, fmt.Errorf("parse frame: %v says %d bytes of body, %d came: %w", h.Type, h.Length, len(frame)-HeaderSize, ErrMalformed)
-	case h.Flags&^FlagReply != 0:
-		return h, fmt.Errorf("parse frame: %v with unknown flags %#x: %w", h.Type, h.Flags, ErrMalformed)
+	case h.Flags&^(FlagReply|FlagResend) != 0 || h.Flags == FlagReply|FlagResend:
+		return h, fmt.Errorf("parse frame: %v with flags %#x, unknown or at odds: %w", h.Type, h.Flags, ErrMalformed)
 	}
 	return h, nil
 }

@@ -5,7 +5,8 @@
 //
 //	Conn     one socket: Send and Recv of whole frames with their fds, peer credentials
 //	message  the fixed structs that are the protocol (task.go, guard.go), and the table of what each type may carry (types.go)
-//	Link     one end of a conversation: calls with many in flight, and serves the other end's calls
+//	Link     one end of a conversation: calls with many in flight, and serves the other end's calls (link.go, serve.go); goes on with another pager
+//	         when one dies (resume.go)
 //
 // # Errors
 //

@@ -30,6 +30,14 @@ type LinkOptions struct {
 	// InFlight bounds the calls made and the requests served at once, each; 0: DefaultInFlight. A call beyond it waits, a request beyond it
 	// is refused with emm.ResourceShortage.
 	InFlight int
+	// Resend is for the end that outlives the other, a task's: it keeps every call until its reply is here, answers Restarted itself, and sends again what has no
+	// reply yet. A call that was refused or whose connection ended is not sent again.
+	Resend bool
+	// OnRestart is called with each Restarted, on a goroutine of its own, before it is answered; nil: nothing. For an end with Resend.
+	OnRestart func(Restarted)
+	// Restarted is for a pager that takes over the connection of one that died: it is sent first, and what comes is thrown away until the other end has
+	// answered it. nil: the connection is new.
+	Restarted *Restarted
 	// Log hears what a peer did wrong; nil: nobody.
 	Log *slog.Logger
 }
@@ -44,6 +52,11 @@ type Link struct {
 	large   chan struct{} // immutable; a request whose reply can be large holds one until the reply is sent
 	done    chan struct{} // closed when the connection has ended
 
+	resend    bool            // immutable; LinkOptions.Resend
+	onRestart func(Restarted) // immutable
+	awaited   uint32          // the reader's; the number of the Restarted that has no answer yet, 0: none
+	thrown    int             // the reader's; frames that came instead of that answer
+
 	ctx    context.Context // immutable; ends with the connection
 	cancel context.CancelFunc
 
@@ -54,15 +67,23 @@ type Link struct {
 	pending  map[uint32]*call              // guarded by mu; nil when the connection has ended
 	serving  map[uint32]context.CancelFunc // guarded by mu
 	refusing int                           // guarded by mu; goroutines that send refusals
+	restart  *restart                      // guarded by mu; the last Restarted, not answered yet; nil: none
+	resuming bool                          // guarded by mu; resume runs
 	err      error                         // guarded by mu; why the connection ended
 }
 
 // call is one request that waits for its reply.
 type call struct {
-	typ   Type
+	typ   Type        // immutable
+	body  []byte      // immutable; as it is sent again
 	reply chan result // one slot: the reader never waits
 	late  func(*Message)
-	gone  bool // guarded by Link.mu: nobody waits any more
+	sent  bool // guarded by Conn.hold: it lies on the connection, or somebody has read it
+
+	fds     []int // guarded by Link.mu; copies of what goes with it, to be sent again
+	sending bool  // guarded by Link.mu: resume is using fds
+	over    bool  // guarded by Link.mu: fds are not needed any more
+	gone    bool  // guarded by Link.mu: nobody waits any more
 }
 
 type result struct {
@@ -78,7 +99,7 @@ func NewLink(conn *Conn, o *LinkOptions) *Link {
 	if o == nil {
 		o = &LinkOptions{}
 	}
-	l := &Link{conn: conn, handler: o.Handler, limit: o.InFlight, log: o.Log, done: make(chan struct{}),
+	l := &Link{conn: conn, handler: o.Handler, limit: o.InFlight, log: o.Log, done: make(chan struct{}), resend: o.Resend, onRestart: o.OnRestart,
 		pending: map[uint32]*call{}, serving: map[uint32]context.CancelFunc{}}
 	if l.limit <= 0 {
 		l.limit = DefaultInFlight
@@ -89,6 +110,9 @@ func NewLink(conn *Conn, o *LinkOptions) *Link {
 	l.slots = make(chan struct{}, l.limit)
 	l.large = make(chan struct{}, largeReplies)
 	l.ctx, l.cancel = context.WithCancel(context.Background())
+	if o.Restarted != nil {
+		l.announce(*o.Restarted)
+	}
 	l.wg.Add(1)
 	go l.read()
 	return l
@@ -145,6 +169,9 @@ func (l *Link) end(why error) {
 	l.err = why
 	pending := l.pending
 	l.pending = nil
+	for _, c := range pending {
+		c.closeFDs()
+	}
 	l.mu.Unlock()
 	l.conn.Close()
 	l.cancel()
@@ -186,14 +213,21 @@ func (l *Link) Call(ctx context.Context, t Type, body any, o *CallOptions) (*Mes
 	case <-l.done:
 		return nil, fmt.Errorf("call %v: %w", t, l.Err())
 	}
-	c := &call{typ: t, reply: make(chan result, 1), late: o.Late}
+	c := &call{typ: t, body: b, reply: make(chan result, 1), late: o.Late}
+	if l.resend {
+		if c.fds, err = dupFDs(o.FDs); err != nil {
+			<-l.slots
+			return nil, fmt.Errorf("call %v: %w", t, err)
+		}
+	}
 	seq, err := l.register(c)
 	if err != nil {
+		closeFDs(c.fds)
 		<-l.slots
 		<-l.done
 		return nil, fmt.Errorf("call %v: %w", t, err)
 	}
-	if err := l.conn.Send(ctx, Header{Type: t, Seq: seq}, b, o.FDs...); err != nil {
+	if err := l.sendFirst(ctx, c, seq, o.FDs); err != nil {
 		l.forget(seq)
 		if errors.Is(err, ErrGone) || errors.Is(err, ErrClosed) {
 			l.end(ErrGone)
@@ -243,11 +277,25 @@ func (l *Link) register(c *call) (uint32, error) {
 	return l.seq, nil
 }
 
+// sendFirst sends a call for the first time.
+func (l *Link) sendFirst(ctx context.Context, c *call, seq uint32, fds []int) error {
+	if err := l.conn.hold(ctx); err != nil {
+		return fmt.Errorf("send %v: %w", c.typ, err)
+	}
+	defer l.conn.release()
+	err := l.conn.sendHeld(ctx, Header{Type: c.typ, Seq: seq}, c.body, fds...)
+	c.sent = err == nil
+	return err
+}
+
 // forget drops a call that was not sent.
 func (l *Link) forget(seq uint32) {
 	l.mu.Lock()
-	_, ok := l.pending[seq]
+	c, ok := l.pending[seq]
 	delete(l.pending, seq)
+	if ok {
+		c.closeFDs()
+	}
 	l.mu.Unlock()
 	if ok {
 		<-l.slots
@@ -285,6 +333,7 @@ func (l *Link) deliver(m *Message) error {
 		return fmt.Errorf("reply to %v %d, which was not asked: %w", m.Type, m.Seq, ErrMalformed)
 	}
 	delete(l.pending, m.Seq)
+	c.closeFDs()
 	rest, err := parseReply(m.Type, m.Body)
 	if err == nil {
 		m.Body = rest

@@ -13,6 +13,8 @@ func (l *Link) read() {
 	for {
 		m, err := l.conn.Recv()
 		switch {
+		case l.awaited != 0:
+			err = l.throwAway(m, err)
 		case err == nil && m.Reply():
 			err = l.deliver(m)
 		case err == nil:
@@ -38,7 +40,11 @@ func (l *Link) read() {
 func (l *Link) accept(m *Message) error {
 	s, known := specs[m.Type]
 	err := error(nil)
-	if !known || l.handler == nil && !s.oneWay {
+	if m.Type == TypeRestarted && l.resend {
+		if err = m.check(s.request); err == nil {
+			return l.restarted(m)
+		}
+	} else if !known || l.handler == nil && !s.oneWay {
 		err = fmt.Errorf("%v: %w", m.Type, ErrUnknown)
 	} else {
 		err = m.check(s.request)

@@ -12,6 +12,14 @@ type Cancel struct {
 	Pad uint32
 }
 
+// Restarted is the first frame of a pager that took over a connection from one that died. What lies unread on the connection is nobody's: the new pager throws
+// away every frame until the reply, and the task, having replied, sends again every request that has no reply yet, with its number and FlagResend. Reply: Empty.
+// A pager that dies before the reply leaves the next one to ask anew: the number of the frame, drawn at random, tells the replies apart.
+type Restarted struct {
+	PagerPID int32
+	Pad      uint32
+}
+
 // Hello is the first request on a connection.
 type Hello struct {
 	Features uint64 // userfaultfd features the task's own kernel interface offers and will ask for

@@ -8,7 +8,7 @@ import (
 // Type says what a frame is. A reply has the type of its request.
 type Type uint16
 
-// The types. 1 to 63: task to pager; 64 to 95: pager to guardian; 96 to 127: guardian to pager; 128: either way.
+// The types. 1 to 63: task to pager; 64 to 95: pager to guardian; 96 to 127: guardian to pager; 128: either way; 160 to 191: pager to task.
 const (
 	TypeHello Type = 1 + iota
 	TypeTaskUffd
@@ -47,6 +47,8 @@ const (
 	TypeGiven Type = 98
 
 	TypeCancel Type = 128
+
+	TypeRestarted Type = 160
 )
 
 // Tail says what follows the fixed part of a body.
@@ -127,6 +129,8 @@ var specs = map[Type]spec{
 	TypeStop:  {name: "Stop", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
 	TypeGive:  {name: "Give", request: Shape{Fixed: Give{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
 	TypeGiven: {name: "Given", request: Shape{Fixed: Given{}}, reply: Shape{Fixed: Empty{}}},
+
+	TypeRestarted: {name: "Restarted", request: Shape{Fixed: Restarted{}}, reply: Shape{Fixed: Empty{}}},
 
 	TypeCancel: {name: "Cancel", request: Shape{Fixed: Cancel{}}, oneWay: true},
 }
