@@ -96,7 +96,8 @@ func TestRecvRefuses(t *testing.T) {
 		{"longer than a frame", frame(with(func(h *Header) { h.Length = MaxBody + 1 }), make([]byte, MaxBody+1)), 1, ErrMalformed, true},
 		{"twice a frame", frame(good, make([]byte, 2*MaxFrame)), 1, ErrMalformed, true},
 		{"length of 4 GiB", frame(with(func(h *Header) { h.Length = 1<<32 - 1 }), nil), 0, ErrMalformed, true},
-		{"unknown flag", frame(with(func(h *Header) { h.Flags = 2 }), nil), 0, ErrMalformed, true},
+		{"unknown flag", frame(with(func(h *Header) { h.Flags = 4 }), nil), 0, ErrMalformed, true},
+		{"a reply that was sent before", frame(with(func(h *Header) { h.Flags = FlagReply | FlagResend }), nil), 0, ErrMalformed, true},
 		{"other version", frame(with(func(h *Header) { h.Version = 2 }), []byte("anything")), 1, ErrVersion, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
