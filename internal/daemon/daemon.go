@@ -195,7 +195,7 @@ func (d *Daemon) open(link *os.File) (err error) {
 	if err = uffd.HaveRequired(); err != nil {
 		return err
 	}
-	if d.guardian, err = guardian.NewClient(link, d.drain, d.log); err != nil {
+	if d.guardian, err = guardian.NewClient(link, d.drain, acceptsState, d.log); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)

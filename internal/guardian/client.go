@@ -42,8 +42,9 @@ type gift struct {
 }
 
 // NewClient takes the pager's end of the link, whose hello has been read. f stays the caller's. stop is called once, on a goroutine of its own,
-// when the guardian asks the pager to end in order.
-func NewClient(f *os.File, stop func(), log *slog.Logger) (*Client, error) {
+// when the guardian asks the pager to end in order. accepts tells whether this program could take over the state that another pager says it has, an ItemState; it is
+// asked before an upgrade, and Items returns after that.
+func NewClient(f *os.File, stop func(), accepts func(state Item) error, log *slog.Logger) (*Client, error) {
 	conn, err := ipc.FileConn(f)
 	if err != nil {
 		return nil, fmt.Errorf("connect to guardian: %w", err)
@@ -59,6 +60,12 @@ func NewClient(f *os.File, stop func(), log *slog.Logger) (*Client, error) {
 			return ipc.Reply{}, c.take(m)
 		case ipc.TypeGiven:
 			return ipc.Reply{}, c.taken(m)
+		case ipc.TypeOffer:
+			g, tail, err := ipc.Decode[ipc.Give](m.Body)
+			if err == nil {
+				err = accepts(Item{Kind: g.Kind, ID: g.ID, A: g.A, B: g.B, Tail: tail})
+			}
+			return ipc.Reply{}, err
 		}
 		return ipc.Reply{}, fmt.Errorf("pager: %v: %w", m.Type, ipc.ErrUnknown)
 	}})
@@ -164,6 +171,11 @@ func (c *Client) Put(ctx context.Context, i Item) error {
 // Drop ends Put; of what the guardian does not hold it is no error. With an ItemTask go its socket and its ranges.
 func (c *Client) Drop(ctx context.Context, kind ipc.ItemKind, id uint64) error {
 	return c.call(ctx, "drop item", ipc.TypeDrop, ipc.Drop{Kind: kind, ID: id}, nil)
+}
+
+// Replace asks for an upgrade: another pager, of the program that is installed now. It returns only if there is none, and why.
+func (c *Client) Replace(ctx context.Context) error {
+	return c.call(ctx, "upgrade", ipc.TypeReplace, nil, nil)
 }
 
 // PutTask has the guardian hold a copy of a task's userfaultfd and of its socket, under the number of its session.

@@ -17,6 +17,11 @@
 // once; if it dies soon, after a delay; if too many in a row die soon (Options.Restarts), or the new one says that the state is none it can read
 // (ExitState), there is no other. While there is no pager, threads wait in their faults and calls wait for their replies: the new pager wakes and answers them.
 //
+// # An upgrade
+//
+// The guardian starts the new program beside the pager, and asks whether it can take over state of the kind that the pager says it has (ItemState). Only
+// then it kills the pager: what follows is the same as after any other death. The guardian itself stays the program it is.
+//
 // # The end of a task
 //
 // It begins for all tasks when there is to be no other pager, and for one task when the pager says that it has left while its memory may
@@ -49,6 +54,10 @@ import (
 type Options struct {
 	// Command makes the command of a pager, not started yet. Run adds the link as its fd 3 and, if there is one, Client as fd 4.
 	Command func() *exec.Cmd
+	// Upgrade makes the command of a pager that is to follow the one there is, from a program that may be another by now. nil: no upgrades.
+	Upgrade func() *exec.Cmd
+	// Hangup asks for an upgrade, as the pager itself can (Client.Replace). nil: never.
+	Hangup <-chan os.Signal
 	// Hello is one packet that lies on the link before the pager starts.
 	Hello []byte
 	// Client is the socket of the task that started all this: given to every pager, and shut down when the last has gone. Stays the caller's. nil: none.
@@ -80,7 +89,7 @@ func Run(o Options) error {
 	if o.Settled == 0 {
 		o.Settled = 10 * time.Second
 	}
-	s := &supervisor{Options: o, table: newTable(o.Log)}
+	s := &supervisor{Options: o, table: newTable(o.Log), upgrade: make(chan upgrade)}
 	err := s.run()
 	if o.Client != nil {
 		shutdown(int(o.Client.Fd()))

@@ -45,6 +45,7 @@ const patience = 20 * time.Second
 // setup is one guardian with its pager.
 type setup struct {
 	t     *testing.T
+	out   *os.File // where the lines come from; closed when the guardian has ended
 	lines chan string
 	ended chan error // of Run
 	ready chan int
@@ -63,7 +64,7 @@ func run(t *testing.T, o guardian.Options, args ...string) *setup {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &setup{t: t, lines: make(chan string, 100), ended: make(chan error, 1), ready: make(chan int, 1000), stop: make(chan os.Signal, 3)}
+	s := &setup{t: t, out: w, lines: make(chan string, 100), ended: make(chan error, 1), ready: make(chan int, 1000), stop: make(chan os.Signal, 3)}
 	o.Command = func() *exec.Cmd {
 		cmd := exec.Command("/proc/self/exe")
 		cmd.Args = append([]string{pagerRole}, args...)

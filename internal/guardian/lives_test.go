@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -22,7 +23,16 @@ import (
 var lives = map[string]func(ctx context.Context, c *guardian.Client, left []guardian.Item, args []string, stop <-chan struct{}) error{
 	"keeper": keeper,
 	"heir":   heir,
+	"other":  heir,
 	"quick":  quick,
+}
+
+// accepts is the state of version 1, for programs that are not the other one.
+func accepts(state guardian.Item) error {
+	if state.A != 1 || string(state.Tail) != "one" || os.Args[1] == "other" {
+		return fmt.Errorf("state of version %d: %w", state.A, errors.ErrUnsupported)
+	}
+	return nil
 }
 
 const manyItems = 10000
@@ -172,6 +182,9 @@ func heir(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []str
 		if err := errors.Join(c.PutTask(ctx, 1, "worker", raw, sock), c.PutRange(ctx, 1, 1, guardian.Range{Start: start, Len: workerPages * page})); err != nil {
 			return err
 		}
+		if err := c.Put(ctx, guardian.Item{Kind: ipc.ItemState, A: 1, Tail: []byte("one")}); err != nil {
+			return err
+		}
 		unix.Write(sock, []byte("go"))
 	}
 	if raw <= 0 || sock <= 0 || start == 0 {
@@ -181,12 +194,19 @@ func heir(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []str
 	if err := fd.Wake(start, workerPages*page); err != nil {
 		return err
 	}
+	again := make(chan os.Signal, 1)
+	signal.Notify(again, unix.SIGUSR1)
 	if err := c.Ready(ctx); err != nil {
 		return err
 	}
 	go func() {
 		<-stop
 		unix.Write(sock, []byte("end"))
+	}()
+	go func() {
+		for range again {
+			fmt.Println("upgrade", c.Replace(ctx))
+		}
 	}()
 	var msgs [16]uffd.Msg
 	contents := make([]byte, page)

@@ -28,7 +28,7 @@ func pagerMain(args []string) error {
 	}
 	unix.CloseOnExec(3)
 	stop := make(chan struct{})
-	c, err := guardian.NewClient(os.NewFile(3, "link"), func() { close(stop) }, slog.Default())
+	c, err := guardian.NewClient(os.NewFile(3, "link"), func() { close(stop) }, accepts, slog.Default())
 	if err != nil {
 		return err
 	}

@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"os/exec"
+	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -111,4 +114,54 @@ func TestStopWhileDying(t *testing.T) {
 	if err := s.end(5 * time.Second); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestUpgrade: a program that can take over does, by signal and when the pager asks; one that cannot, or is none, leaves the old pager in peace.
+func TestUpgrade(t *testing.T) {
+	before := fds(t)
+	var s *setup
+	var program atomic.Value
+	hangup := make(chan os.Signal, 1)
+	s = run(t, guardian.Options{Hangup: hangup, Upgrade: func() *exec.Cmd {
+		cmd := exec.Command(program.Load().([]string)[0])
+		cmd.Args = []string{pagerRole, program.Load().([]string)[1]}
+		cmd.Stdout, cmd.Stderr = s.out, os.Stderr
+		return cmd
+	}}, "heir")
+	s.task()
+	pid := <-s.ready
+	for _, p := range [][]string{{"/proc/self/exe", "other"}, {"/bin/false", ""}, {"/nonexistent", ""}} {
+		program.Store(p)
+		syscall.Kill(pid, syscall.SIGUSR1)
+		if got := s.line("upgrade"); !strings.Contains(got, "upgrade: ") {
+			t.Errorf("%v: %q", p, got)
+		}
+	}
+	program.Store([]string{"/proc/self/exe", "heir"})
+	for i := range 20 {
+		if i%2 == 0 {
+			hangup <- unix.SIGHUP
+		} else {
+			syscall.Kill(pid, syscall.SIGUSR1)
+		}
+		select {
+		case next := <-s.ready:
+			if next == pid {
+				t.Error("the same pager is ready again")
+			}
+			pid = next
+		case <-time.After(patience):
+			t.Fatal("no other pager")
+		}
+	}
+	s.stop <- unix.SIGTERM
+	if n := s.line("touches"); n == "0" {
+		t.Error("the task did not touch anything")
+	}
+	if err := s.end(patience); err != nil {
+		t.Error(err)
+	}
+	for range s.lines {
+	}
+	noMore(t, before)
 }

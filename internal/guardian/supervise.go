@@ -3,11 +3,8 @@ package guardian
 import (
 	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"time"
-
-	"machpager/internal/ipc"
 )
 
 // ExitState is the exit status of a pager that cannot take over what it was given: another one would not do better.
@@ -21,14 +18,17 @@ type supervisor struct {
 	Options
 	table *table
 
-	served bool             // a pager has been ready
-	stops  int              // values of Stop
-	grace  <-chan time.Time // ends the grace; nil: not stopping
-	killed bool             // the end of the grace, or the second Stop: no other pager follows
+	served  bool             // a pager has been ready
+	stops   int              // values of Stop
+	grace   <-chan time.Time // ends the grace; nil: not stopping
+	killed  bool             // the end of the grace, or the second Stop: no other pager follows
+	upgrade chan upgrade     // asks for an upgrade
+	next    *life            // stands by to follow the pager there is; nil: none
 }
 
 // run returns when no other pager is to follow, with what the last one ended with.
 func (s *supervisor) run() error {
+	defer func() { s.next.drop() }()
 	for deaths := 0; ; {
 		began := time.Now()
 		err := s.once()
@@ -36,6 +36,9 @@ func (s *supervisor) run() error {
 		switch {
 		case err == nil || s.killed && s.stops > 0:
 			return nil
+		case s.next != nil:
+			deaths = 0
+			continue
 		case !s.served || s.Restarts <= 0:
 			return err
 		case errors.As(err, &exit) && exit.ExitCode() == ExitState:
@@ -88,74 +91,97 @@ func (s *supervisor) stopping() {
 
 // once is the life of one pager: nil if it ended in order.
 func (s *supervisor) once() error {
-	conn, theirs, err := pair(s.Hello)
-	if err != nil {
-		return fmt.Errorf("start pager: %w", err)
+	l := s.next
+	s.next = nil
+	if l == nil {
+		var err error
+		if l, err = s.start(s.Command, s.Hello); err != nil {
+			return err
+		}
 	}
-	ready := make(chan struct{}, 1)
-	link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.table.handler(ready), Log: s.Log})
-	defer link.Close()
-	cmd := s.Command()
-	cmd.ExtraFiles = []*os.File{theirs}
-	if s.Client != nil {
-		cmd.ExtraFiles = append(cmd.ExtraFiles, s.Client)
-	}
-	err = cmd.Start()
-	theirs.Close()
-	if err != nil {
-		return fmt.Errorf("start pager: %w", err)
-	}
-	status, given := make(chan error, 1), make(chan error, 1)
-	go func() { status <- cmd.Wait() }()
-	go func() { given <- s.table.give(link) }()
-	err = s.watch(cmd, link, ready, status, given)
+	given := make(chan error, 1)
+	go func() { given <- s.table.give(l.link) }()
+	err := s.watch(l, given)
 	// What the pager said before it ended is still on the link.
 	select {
-	case <-link.Done():
+	case <-l.link.Done():
 	case <-time.After(time.Second):
 	}
-	link.Close()
-	<-given // it ends with the link
+	l.link.Close()
 	return err
 }
 
-// watch returns when the pager has ended, with what it ended with. given is filled again before.
-func (s *supervisor) watch(cmd *exec.Cmd, link *ipc.Link, ready <-chan struct{}, status <-chan error, given chan error) error {
-	process, all := cmd.Process, given
+// watch returns when the pager has ended, with what it ended with, and the giving too.
+func (s *supervisor) watch(l *life, given <-chan error) error {
+	var (
+		pid      = l.cmd.Process.Pid
+		prepared chan prepared // the pager that is to follow this one
+		asked    upgrade
+		hangup   = s.Hangup
+	)
+	defer func() {
+		if given != nil {
+			l.link.Hangup()
+			<-given
+		}
+		if prepared != nil { // too late: this one has died before
+			go func() { (<-prepared).life.drop() }()
+			asked.answer(errors.New("upgrade: the pager has died meanwhile"))
+		}
+	}()
 	for {
 		select {
-		case err := <-status:
-			if all == nil {
-				given <- nil
-			}
+		case err := <-l.status:
 			if err != nil {
-				return fmt.Errorf("pager %d ended: %w", process.Pid, err)
+				return fmt.Errorf("pager %d ended: %w", pid, err)
 			}
 			return nil
-		case err := <-all:
-			all = nil
+		case err := <-given:
+			given = nil
 			if err != nil {
-				s.Log.Error("a pager does not take what is held for it: ending it", "pid", process.Pid, "err", err)
-				process.Kill()
+				s.Log.Error("a pager does not take what is held for it: ending it", "pid", pid, "err", err)
+				l.cmd.Process.Kill()
 			}
-		case <-ready:
+		case <-l.ready:
 			s.served = true
 			if s.Ready != nil {
-				s.Ready(process.Pid)
+				s.Ready(pid)
 			}
 			if s.stops > 0 {
-				go stop(link, s.Grace)
+				go stop(l.link, s.Grace)
 			}
+		case <-hangup:
+			if prepared == nil && s.stops == 0 {
+				asked = upgrade{}
+				prepared = s.prepare()
+			}
+		case u := <-s.upgrade:
+			if prepared != nil || s.stops > 0 {
+				u.answer(errors.New("upgrade: the pager is being upgraded or stopped already"))
+				continue
+			}
+			asked = u
+			prepared = s.prepare()
+		case p := <-prepared:
+			prepared = nil
+			if p.err != nil {
+				s.Log.Error("the pager is not upgraded: the old one stays", "err", p.err)
+				asked.answer(p.err)
+				continue
+			}
+			s.Log.Info("upgrading: ending the pager, which another one follows", "pid", pid, "next", p.life.cmd.Process.Pid)
+			s.next = p.life
+			l.cmd.Process.Kill()
 		case <-s.Stop:
 			if s.stopping(); s.killed {
-				process.Kill()
+				l.cmd.Process.Kill()
 			} else {
-				go stop(link, s.Grace)
+				go stop(l.link, s.Grace)
 			}
 		case <-s.grace:
 			s.Log.Warn("the grace is over: ending the pager")
 			s.killed = true
-			process.Kill()
+			l.cmd.Process.Kill()
 		}
 	}
 }

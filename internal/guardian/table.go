@@ -1,7 +1,6 @@
 package guardian
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"os"
@@ -51,33 +50,6 @@ func newTable(log *slog.Logger) *table {
 		changed: make(chan struct{})}
 }
 
-// handler serves the pager's end of the link.
-func (t *table) handler(ready chan<- struct{}) ipc.Handler {
-	return func(_ context.Context, m *ipc.Message) (ipc.Reply, error) {
-		switch m.Type {
-		case ipc.TypePut:
-			p, tail, err := ipc.Decode[ipc.Put](m.Body)
-			if err == nil {
-				err = t.put(p, tail, m)
-			}
-			return ipc.Reply{}, err
-		case ipc.TypeDrop:
-			d, _, err := ipc.Decode[ipc.Drop](m.Body)
-			if err == nil {
-				err = t.drop(d)
-			}
-			return ipc.Reply{}, err
-		case ipc.TypeReady:
-			select {
-			case ready <- struct{}{}:
-			default:
-			}
-			return ipc.Reply{}, nil
-		}
-		return ipc.Reply{}, fmt.Errorf("guardian: %v: %w", m.Type, ipc.ErrUnknown)
-	}
-}
-
 // put notes one item. Only fds that are kept are taken from m.
 func (t *table) put(p ipc.Put, tail []byte, m *ipc.Message) error {
 	least, most, kind := 1, 1, ipc.KindAny
@@ -86,7 +58,7 @@ func (t *table) put(p ipc.Put, tail []byte, m *ipc.Message) error {
 		kind = ipc.KindUffd
 	case p.Kind == ipc.ItemSocket:
 		kind = ipc.KindSocket
-	case p.Kind == ipc.ItemRange || p.Kind == ipc.ItemEnd:
+	case p.Kind == ipc.ItemRange || p.Kind == ipc.ItemEnd || p.Kind == ipc.ItemState:
 		least, most = 0, 0
 	case p.Kind.Kept():
 		least = 0

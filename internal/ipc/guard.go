@@ -10,6 +10,7 @@ const (
 	ItemTask   ItemKind = 1 + iota // fd: a copy of a task's userfaultfd; ID: the session
 	ItemRange                      // no fd; ID: the mapping, Parent: the session, A: address, B: length in bytes, registered on the session's userfaultfd
 	ItemSocket                     // fd: a copy of a task's socket; ID: the session
+	ItemState                      // no fd; ID: 0; what kind of state the items are, for the program of an upgrade to look at before
 	ItemEnd                        // no fd, and not held: the task of the session ID has left the pager while its memory may live on
 )
 
@@ -68,4 +69,5 @@ type Given struct {
 	Pad   uint32
 }
 
-// TypeReady (Empty) tells the guardian that the pager serves. TypeStop (Empty) tells the pager to end.
+// TypeOffer (Give of an ItemState) asks a new program whether it could take over; an error says why not. TypeReplace (Empty) asks the guardian for an
+// upgrade; its only reply is an error. TypeReady (Empty) tells the guardian that the pager serves. TypeStop (Empty) tells the pager to end.

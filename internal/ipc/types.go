@@ -38,13 +38,15 @@ const (
 	TypeBackingStoreDelete
 	TypeBackingStoreInfo
 
-	TypePut   Type = 64
-	TypeDrop  Type = 65
-	TypeReady Type = 66
+	TypePut     Type = 64
+	TypeDrop    Type = 65
+	TypeReady   Type = 66
+	TypeReplace Type = 67
 
 	TypeStop  Type = 96
 	TypeGive  Type = 97
 	TypeGiven Type = 98
+	TypeOffer Type = 99
 
 	TypeCancel Type = 128
 
@@ -126,9 +128,11 @@ var specs = map[Type]spec{
 	TypeDrop:  {name: "Drop", request: Shape{Fixed: Drop{}}, reply: Shape{Fixed: Empty{}}},
 	TypeReady: {name: "Ready", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
 
-	TypeStop:  {name: "Stop", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
-	TypeGive:  {name: "Give", request: Shape{Fixed: Give{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
-	TypeGiven: {name: "Given", request: Shape{Fixed: Given{}}, reply: Shape{Fixed: Empty{}}},
+	TypeStop:    {name: "Stop", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
+	TypeGive:    {name: "Give", request: Shape{Fixed: Give{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
+	TypeReplace: {name: "Replace", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
+	TypeOffer:   {name: "Offer", request: Shape{Fixed: Give{}, Tail: TailBytes}, reply: Shape{Fixed: Empty{}}},
+	TypeGiven:   {name: "Given", request: Shape{Fixed: Given{}}, reply: Shape{Fixed: Empty{}}},
 
 	TypeRestarted: {name: "Restarted", request: Shape{Fixed: Restarted{}}, reply: Shape{Fixed: Empty{}}},
 

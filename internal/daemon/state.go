@@ -1,0 +1,22 @@
+package daemon
+
+import (
+	"fmt"
+
+	"machpager/internal/guardian"
+	"machpager/pager/emm"
+)
+
+// StateVersion is the version of all that one pager leaves to the next: which items the guardian holds and what their words mean, and the layouts in
+// memory and in files. Whoever changes any of that counts it up: a pager of another version then refuses to take over, and an upgrade to it is refused
+// while the old pager still serves.
+const StateVersion = 1
+
+// acceptsState reports whether this program can take over what a pager has left that says this of it.
+func acceptsState(state guardian.Item) error {
+	if state.A != StateVersion {
+		return fmt.Errorf("take over from another pager: its state is of version %d (%s), this program (%s) reads version %d: %w", state.A, state.Tail, Version,
+			StateVersion, emm.InvalidArgument)
+	}
+	return nil
+}
