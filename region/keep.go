@@ -109,3 +109,19 @@ func (p *Pager) SetResident(ctx context.Context, bytes int64) error {
 	m.Close()
 	return nil
 }
+
+// Upgrade has the guardian replace the pager by one of the program that is installed now, on the same state: tasks notice a pause. It returns when the new one
+// serves. If the new program cannot take over, the old pager stays and the error says why. For the pager's own user and root; unix.EPERM for others. A pager
+// that a program started for itself cannot be upgraded: it ends with the program.
+func (p *Pager) Upgrade(ctx context.Context) error {
+	if err := p.begin(); err != nil {
+		return err
+	}
+	defer p.making.Done()
+	m, err := p.link.Call(ctx, ipc.TypeUpgrade, nil, nil)
+	if err != nil {
+		return p.failed("upgrade", err)
+	}
+	m.Close()
+	return nil
+}

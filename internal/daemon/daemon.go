@@ -208,6 +208,9 @@ func (d *Daemon) open(link *os.File) (err error) {
 		guardian.CloseItems(items)
 		return fmt.Errorf("take over %d items of another pager: %w", len(items), errors.ErrUnsupported)
 	}
+	if err := d.tellState(ctx); err != nil {
+		return err
+	}
 	if d.probe, err = newProber(); err != nil {
 		return err
 	}

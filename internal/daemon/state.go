@@ -1,9 +1,11 @@
 package daemon
 
 import (
+	"context"
 	"fmt"
 
 	"machpager/internal/guardian"
+	"machpager/internal/ipc"
 	"machpager/pager/emm"
 )
 
@@ -19,4 +21,21 @@ func acceptsState(state guardian.Item) error {
 			StateVersion, emm.InvalidArgument)
 	}
 	return nil
+}
+
+// tellState has the guardian know what kind of state this pager leaves.
+func (d *Daemon) tellState(ctx context.Context) error {
+	return d.guardian.Put(ctx, guardian.Item{Kind: ipc.ItemState, A: StateVersion, Tail: []byte(Version)})
+}
+
+// upgrade has the guardian replace this pager. It succeeds in another process: the one that finds the request sent again.
+func (s *session) upgrade(ctx context.Context, m *ipc.Message) error {
+	if err := s.operator(); err != nil {
+		return fmt.Errorf("upgrade: %w", err)
+	}
+	if m.Resent() {
+		return nil
+	}
+	s.log.Info("upgrade asked for")
+	return s.d.guardian.Replace(ctx)
 }

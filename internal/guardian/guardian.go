@@ -20,7 +20,8 @@
 // # An upgrade
 //
 // The guardian starts the new program beside the pager, and asks whether it can take over state of the kind that the pager says it has (ItemState). Only
-// then it kills the pager: what follows is the same as after any other death. The guardian itself stays the program it is.
+// then it kills the pager: what follows is the same as after any other death. If that dies, another of the new
+// program follows. The guardian itself stays the program it is.
 //
 // # The end of a task
 //
@@ -54,8 +55,8 @@ import (
 type Options struct {
 	// Command makes the command of a pager, not started yet. Run adds the link as its fd 3 and, if there is one, Client as fd 4.
 	Command func() *exec.Cmd
-	// Upgrade makes the command of a pager that is to follow the one there is, from a program that may be another by now. nil: no upgrades.
-	Upgrade func() *exec.Cmd
+	// Upgrade finds the program that is to follow the one there is, and becomes Command once its pager has followed. nil: no upgrades.
+	Upgrade func() (command func() *exec.Cmd, err error)
 	// Hangup asks for an upgrade, as the pager itself can (Client.Replace). nil: never.
 	Hangup <-chan os.Signal
 	// Hello is one packet that lies on the link before the pager starts.

@@ -11,10 +11,11 @@ import (
 
 // life is one pager process and the link to it.
 type life struct {
-	cmd    *exec.Cmd
-	link   *ipc.Link
-	ready  chan struct{} // filled when the pager serves
-	status chan error    // filled when the process was waited for
+	cmd     *exec.Cmd
+	link    *ipc.Link
+	ready   chan struct{}    // filled when the pager serves
+	status  chan error       // filled when the process was waited for
+	command func() *exec.Cmd // what makes more of it; nil: what made the others
 }
 
 // start starts a pager. It is given nothing yet.

@@ -122,27 +122,39 @@ func TestUpgrade(t *testing.T) {
 	var s *setup
 	var program atomic.Value
 	hangup := make(chan os.Signal, 1)
-	s = run(t, guardian.Options{Hangup: hangup, Upgrade: func() *exec.Cmd {
-		cmd := exec.Command(program.Load().([]string)[0])
-		cmd.Args = []string{pagerRole, program.Load().([]string)[1]}
-		cmd.Stdout, cmd.Stderr = s.out, os.Stderr
-		return cmd
+	s = run(t, guardian.Options{Hangup: hangup, Restarts: 1, Upgrade: func() (func() *exec.Cmd, error) {
+		p := program.Load().([]string)
+		if p[0] == "" {
+			return nil, os.ErrNotExist
+		}
+		return func() *exec.Cmd {
+			cmd := exec.Command(p[0])
+			cmd.Args = append([]string{pagerRole}, p[1:]...)
+			cmd.Stdout, cmd.Stderr = s.out, os.Stderr
+			return cmd
+		}, nil
 	}}, "heir")
 	s.task()
 	pid := <-s.ready
-	for _, p := range [][]string{{"/proc/self/exe", "other"}, {"/bin/false", ""}, {"/nonexistent", ""}} {
+	for _, p := range [][]string{{"/proc/self/exe", "other"}, {"/bin/false", ""}, {"/nonexistent", ""}, {"", ""}} {
 		program.Store(p)
 		syscall.Kill(pid, syscall.SIGUSR1)
 		if got := s.line("upgrade"); !strings.Contains(got, "upgrade: ") {
 			t.Errorf("%v: %q", p, got)
 		}
 	}
-	program.Store([]string{"/proc/self/exe", "heir"})
+	program.Store([]string{"/proc/self/exe", "heir", "new"})
 	for i := range 20 {
-		if i%2 == 0 {
+		switch i % 3 {
+		case 0:
 			hangup <- unix.SIGHUP
-		} else {
+		case 1:
 			syscall.Kill(pid, syscall.SIGUSR1)
+		default: // another of the new program follows
+			if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); !strings.Contains(string(b), "new") {
+				t.Errorf("process %d is %q", pid, b)
+			}
+			syscall.Kill(pid, syscall.SIGKILL)
 		}
 		select {
 		case next := <-s.ready:

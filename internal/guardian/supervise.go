@@ -99,6 +99,9 @@ func (s *supervisor) once() error {
 			return err
 		}
 	}
+	if l.command != nil {
+		s.Command = l.command
+	}
 	given := make(chan error, 1)
 	go func() { given <- s.table.give(l.link) }()
 	err := s.watch(l, given)

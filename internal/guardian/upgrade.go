@@ -68,10 +68,15 @@ func (s *supervisor) standBy() (*life, error) {
 	if !ok {
 		return nil, fmt.Errorf("the pager has not said what kind of state it has: %w", emm.Failure)
 	}
-	l, err := s.start(s.Upgrade, s.Hello)
+	command, err := s.Upgrade()
 	if err != nil {
 		return nil, err
 	}
+	l, err := s.start(command, s.Hello)
+	if err != nil {
+		return nil, err
+	}
+	l.command = command
 	ctx, cancel := context.WithTimeout(context.Background(), offerLimit)
 	defer cancel()
 	m, err := l.link.Call(ctx, ipc.TypeOffer, ipc.Give{Kind: ipc.ItemState, A: state.a, B: state.b}, &ipc.CallOptions{Tail: state.tail})

@@ -38,6 +38,8 @@ const (
 	TypeBackingStoreDelete
 	TypeBackingStoreInfo
 
+	TypeUpgrade Type = 48
+
 	TypePut     Type = 64
 	TypeDrop    Type = 65
 	TypeReady   Type = 66
@@ -123,6 +125,8 @@ var specs = map[Type]spec{
 	TypeBackingStoreDelete: {name: "BackingStoreDelete", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: Empty{}}},
 	TypeBackingStoreInfo:   {name: "BackingStoreInfo", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: BackingStoreInfoReply{}, Tail: TailText}},
 	TypeInfo:               {name: "Info", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: InfoReply{}, Tail: TailStrings}},
+
+	TypeUpgrade: {name: "Upgrade", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
 
 	TypePut:   {name: "Put", request: Shape{Fixed: Put{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
 	TypeDrop:  {name: "Drop", request: Shape{Fixed: Drop{}}, reply: Shape{Fixed: Empty{}}},

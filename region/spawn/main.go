@@ -115,9 +115,11 @@ func serveRole(h hello, managers []Manager, log *slog.Logger) error {
 	return guardian.Run(guardian.Options{Command: pagerCommand, Hello: b, Client: link, Restarts: restarts(h.Config), Log: log})
 }
 
-// pagerCommand is the command of a pager.
-func pagerCommand() *exec.Cmd {
-	cmd := childCommand(self, rolePager)
+// pagerCommand is the command of a pager that is this program.
+func pagerCommand() *exec.Cmd { return pagerOf(self) }
+
+func pagerOf(path string) *exec.Cmd {
+	cmd := childCommand(path, rolePager)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	return cmd
 }

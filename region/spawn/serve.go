@@ -34,7 +34,8 @@ type ServeOptions struct {
 
 // Serve runs a pager for everybody who may open its socket, with this process as the guardian. On SIGTERM or SIGINT (or when ctx ends) it takes no more
 // tasks, waits for those that are there to leave, ends the pager and what still waits for it, and returns nil; a second signal ends the waiting, a third
-// the guardian. Main must have been called.
+// the guardian. On SIGHUP, and when an operator asks for it (region.Pager.Upgrade), the pager is replaced by one of the program that this program's
+// file contains by then. Main must have been called.
 func Serve(ctx context.Context, o ServeOptions) error {
 	if !mainCalled.Load() {
 		return fmt.Errorf("serve: %w", ErrNoMain)
@@ -57,12 +58,26 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	signals := make(chan os.Signal, 3)
 	signal.Notify(signals, unix.SIGINT, unix.SIGTERM)
 	defer signal.Stop(signals)
-	signal.Ignore(unix.SIGHUP)
-	defer signal.Reset(unix.SIGHUP)
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, unix.SIGHUP)
+	defer signal.Stop(hangup)
 	stop := context.AfterFunc(ctx, func() { signals <- unix.SIGTERM })
 	defer stop()
-	if err := guardian.Run(guardian.Options{Command: pagerCommand, Hello: b, Restarts: restarts(o.Config), Stop: signals, Grace: o.Grace, Ready: o.Ready,
-		Log: o.Log}); err != nil {
+	g := guardian.Options{Command: pagerCommand, Hello: b, Restarts: restarts(o.Config), Stop: signals, Grace: o.Grace, Ready: o.Ready, Log: o.Log}
+	if g.Restarts > 0 {
+		path, err := os.Executable()
+		if err != nil {
+			return fmt.Errorf("serve: find this program's file, for an upgrade: %w", err)
+		}
+		g.Hangup, g.Upgrade = hangup, func() (func() *exec.Cmd, error) {
+			f, err := os.Open(path) // the program as it is now, whatever becomes of its name
+			if err != nil {
+				return nil, err
+			}
+			return func() *exec.Cmd { return pagerOf(fmt.Sprintf("/proc/self/fd/%d", f.Fd())) }, nil
+		}
+	}
+	if err := guardian.Run(g); err != nil {
 		if ended := (*exec.ExitError)(nil); errors.As(err, &ended) && ended.ExitCode() == daemon.StatusRefused {
 			err = fmt.Errorf("%w: %w", ErrRefused, err)
 		}
