@@ -30,6 +30,12 @@
 // Pages that fallocate made and nobody wrote are charged, and UFFDIO_COPY meets EEXIST there, but SEEK_DATA takes them for a hole. [File.Present],
 // [File.Occupied] and Punch's verification see them (cachestat). A pwrite of one of them makes its whole folio ordinary zeros.
 //
+// # A pager that dies
+//
+// Mount and files outlive it as long as somebody holds their descriptors. The next pool takes them over (adopt.go). What the earlier one had reserved is not
+// known any more: the frames that the page tables account for are claimed anew ([Pool.Claim]), and those that lie in files which died with their last holder here are
+// counted as nobody's ([Pool.Recount]).
+//
 // # Errors
 //
 // They wrap the errno. os.ErrClosed: the file or pool is closed. EINVAL: offsets or sizes that are no whole pages or outside the file where

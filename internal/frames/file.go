@@ -18,6 +18,8 @@ type File struct {
 	size atomic.Int64 // bytes, whole pages
 	mu   sync.RWMutex // shared by users of fd, exclusively by Close
 	fd   int          // guarded by mu; -1 when closed. Its number alone is told by Fd without it.
+
+	released func() // guarded by mu; called when the descriptor is closed for good; may be nil
 }
 
 // NewFile makes an empty file of size bytes, rounded up to whole pages. It occupies no frames.
@@ -87,6 +89,15 @@ func (f *File) Fd() int {
 	f.mu.RLock()
 	defer f.mu.RUnlock()
 	return f.fd
+}
+
+// OnRelease has fn called, once, when nobody has the file any more as far as is known and its descriptor is closed: in Close, or in a later Reap if a task has the file
+// open. Whoever keeps a copy of the descriptor for the pager after this one gives it up then, and no sooner: a file that is open somewhere can be filled by who
+// has it, and emptied only by who has it too. fn is called from any goroutine, without a lock.
+func (f *File) OnRelease(fn func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.released = fn
 }
 
 // Size is the file's size in bytes, as NewFile or Truncate set it.
@@ -212,11 +223,11 @@ func (f *File) Close() error {
 	delete(f.pool.files, f)
 	f.pool.mu.Unlock()
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.fd < 0 {
+	fd, released := f.fd, f.released
+	f.fd = -1
+	f.mu.Unlock()
+	if fd < 0 {
 		return nil
 	}
-	fd := f.fd
-	f.fd = -1
-	return f.pool.bury(fd)
+	return f.pool.bury(fd, released)
 }

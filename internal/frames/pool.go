@@ -50,6 +50,11 @@ type Options struct {
 	Budget int64        // bytes all files together may occupy; at least one page, rounded down to whole pages
 	Kind   Kind         // Auto: the best that works; anything else: that or an error
 	Log    *slog.Logger // nil: discard
+
+	// Adopt describes a pool that has died, and Mount is the mount it left, nil if it had none: it is taken over with what lies in it. Kind is not looked at. The budget stays
+	// as the mount has it if more than Budget is in use. On success Mount is the pool's; on an error it stays the caller's. nil: a new pool.
+	Adopt *State
+	Mount *os.File
 }
 
 // Pool is the frames that all memory objects of one pager share. Its methods may be called from any goroutine.
@@ -64,8 +69,11 @@ type Pool struct {
 
 	mu     sync.Mutex
 	files  map[*File]struct{} // guarded by mu; files not yet closed
-	left   []int              // guarded by mu; fds of files that were closed while tasks had them open
+	left   []buried           // guarded by mu; files that were closed while tasks had them open
 	closed bool               // guarded by mu
+
+	adopted bool  // immutable; the mount is an earlier pool's
+	strays  int64 // guarded by mu; frames in files that nobody here knows: see Recount
 }
 
 // Open makes an empty pool and finds out what this kernel does with large folios. It takes some milliseconds, and with TmpfsUserNS starts a
@@ -81,10 +89,17 @@ func Open(o Options) (*Pool, error) {
 	}
 	p.budget.Store(budget)
 	p.free.Store(budget)
-	if err := p.open(o.Kind, attempts); err != nil {
+	if o.Adopt != nil {
+		if err := p.adopt(*o.Adopt, o.Mount); err != nil {
+			return nil, fmt.Errorf("open frame pool: %w", err)
+		}
+		if o.Mount != nil {
+			o.Mount.Close()
+		}
+	} else if err := p.open(o.Kind, attempts); err != nil {
 		return nil, fmt.Errorf("open frame pool: %w", err)
 	}
-	p.log.Info("frames", "kind", p.kind, "budget", budget*PageSize, "extents", p.extents, "noswap", p.noswap)
+	p.log.Info("frames", "kind", p.kind, "budget", p.Budget(), "adopted", p.adopted, "extents", p.extents, "noswap", p.noswap)
 	return p, nil
 }
 
@@ -184,8 +199,8 @@ func (p *Pool) usage() (int64, error) {
 		return p.mount.usage()
 	}
 	var sum int64
-	for _, fd := range p.left {
-		sum += blocks(fd)
+	for _, b := range p.left {
+		sum += blocks(b.fd)
 	}
 	for f := range p.files {
 		n, err := f.Blocks()
@@ -208,8 +223,8 @@ func (p *Pool) Close() error {
 		return nil
 	}
 	p.closed = true
-	for _, fd := range p.left {
-		unix.Close(fd)
+	for _, b := range p.left {
+		unix.Close(b.fd)
 	}
 	p.left = nil
 	if p.mount == nil {

@@ -12,15 +12,28 @@ import (
 // frame that it takes is one that others may have reserved. Nothing can take a file away from who has it open. So the pool keeps those files too, and
 // empties them when frames are missing, until it alone has them: what fcntl(2) grants a write lease for.
 
+// buried is a file that was closed here and is open elsewhere.
+type buried struct {
+	fd       int
+	released func() // called when fd is closed; may be nil
+}
+
 // bury empties a file and closes fd, which it takes over, or keeps it for Reap.
-func (p *Pool) bury(fd int) error {
+func (p *Pool) bury(fd int, released func()) error {
 	err := unix.Ftruncate(fd, 0)
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if !p.closed && shared(fd) {
-		p.left = append(p.left, fd)
-	} else if e := unix.Close(fd); err == nil {
-		err = e
+	keep := !p.closed && shared(fd)
+	if keep {
+		p.left = append(p.left, buried{fd, released})
+	}
+	p.mu.Unlock()
+	if !keep {
+		if e := unix.Close(fd); err == nil {
+			err = e
+		}
+		if released != nil {
+			released()
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("close frame file: %w", err)
@@ -39,18 +52,29 @@ func shared(fd int) bool {
 
 // Reap takes back, in bytes, what tasks have put into files that were closed, and closes those that no task has any more.
 func (p *Pool) Reap() (freed int64) {
+	var released []func()
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.left = slices.DeleteFunc(p.left, func(fd int) bool {
-		if n := blocks(fd); n > 0 && unix.Ftruncate(fd, 0) == nil {
+	p.left = slices.DeleteFunc(p.left, func(b buried) bool {
+		if n := blocks(b.fd); n > 0 && unix.Ftruncate(b.fd, 0) == nil {
 			freed += n
 		}
-		if shared(fd) {
+		if shared(b.fd) {
 			return false
 		}
-		unix.Close(fd)
+		unix.Close(b.fd)
+		if b.released != nil {
+			released = append(released, b.released)
+		}
 		return true
 	})
+	strays := p.strays
+	p.mu.Unlock()
+	for _, fn := range released {
+		fn()
+	}
+	if strays > 0 {
+		p.Recount() // an error: next time
+	}
 	return freed
 }
 
