@@ -25,6 +25,9 @@ func (o *Object) Discard(ctx context.Context, off, n int64) error {
 	}
 	ctx, cancel := o.gate.bound(ctx, emm.InvalidObject)
 	defer cancel()
+	if err := o.vm.live(ctx); err != nil {
+		return fmt.Errorf("discard: %w", err)
+	}
 	a, b := (off+o.pageSize-1)>>o.shift, (off+n)>>o.shift
 	op := &lockOp{}
 	limit := o.extentPages()

@@ -65,15 +65,21 @@ func (t *Task) NewMapping(o *Object, off, size int64, readOnly bool) (*Mapping, 
 	if err != nil {
 		return nil, nil, fmt.Errorf("map object: hand out its file: %w", err)
 	}
-	m := &Mapping{id: o.vm.nextID.Add(1), obj: o, task: t, fd: t.fd, off: a << o.shift, size: (b - a) << o.shift, readOnly: readOnly, gate: newGate()}
-	m.spans.Store(&[]span{})
-	m.pattern.init(o)
+	m := newMapping(t, o, o.vm.nextID.Add(1), a<<o.shift, (b-a)<<o.shift, readOnly)
 	o.addMapping(m)
 	t.addMapping(m)
 	return m, f, nil
 }
 
-// ID names the mapping in this vm.
+// newMapping is one that is nowhere yet.
+func newMapping(t *Task, o *Object, id uint64, off, size int64, readOnly bool) *Mapping {
+	m := &Mapping{id: id, obj: o, task: t, fd: t.fd, off: off, size: size, readOnly: readOnly, gate: newGate()}
+	m.spans.Store(&[]span{})
+	m.pattern.init(o)
+	return m
+}
+
+// ID names the mapping in this vm, and in the one that adopts it.
 func (m *Mapping) ID() uint64 { return m.id }
 
 // Object is what is mapped.
@@ -136,8 +142,8 @@ func (m *Mapping) addr(a, b int64) uint64 {
 	return 0
 }
 
-// moved follows an mremap of [from, from+n) to addr to: pieces of m that lay there lie elsewhere now.
-func (m *Mapping) moved(from, to, n uint64) {
+// moved follows an mremap of [from, from+n) to addr to: pieces of m that lay there lie elsewhere now. It reports whether any did.
+func (m *Mapping) moved(from, to, n uint64) bool {
 	for {
 		old := m.spans.Load()
 		var s []span
@@ -156,14 +162,17 @@ func (m *Mapping) moved(from, to, n uint64) {
 				s = append(s, span{hi, p.off + int64(hi-p.addr), int64(end - hi)})
 			}
 		}
-		if slices.Equal(s, *old) || m.spans.CompareAndSwap(old, &s) {
-			return
+		if slices.Equal(s, *old) {
+			return false
+		}
+		if m.spans.CompareAndSwap(old, &s) {
+			return true
 		}
 	}
 }
 
-// unmapped follows something else's taking the place of [from, from+n).
-func (m *Mapping) unmapped(from, n uint64) {
+// unmapped follows something else's taking the place of [from, from+n). It reports whether any of m was there.
+func (m *Mapping) unmapped(from, n uint64) bool {
 	for {
 		old := m.spans.Load()
 		var s []span
@@ -181,8 +190,11 @@ func (m *Mapping) unmapped(from, n uint64) {
 				s = append(s, span{hi, p.off + int64(hi-p.addr), int64(end - hi)})
 			}
 		}
-		if slices.Equal(s, *old) || m.spans.CompareAndSwap(old, &s) {
-			return
+		if slices.Equal(s, *old) {
+			return false
+		}
+		if m.spans.CompareAndSwap(old, &s) {
+			return true
 		}
 	}
 }

@@ -19,7 +19,7 @@ const MaxObjectSize = 1 << 46
 
 // ObjectOptions describe a memory object to NewObject.
 type ObjectOptions struct {
-	Port        emm.Port    // the memory object's port; the zero Port with a nil Manager
+	Port        emm.Port    // the memory object's port; with a nil Manager the one that it gets with its first page-out, zero: made then
 	Size        int64       // bytes, 1 to MaxObjectSize; rounded up to whole pages
 	PageSize    int         // bytes, a power of two from 4096 to 2 MiB; 0: 4096
 	ClusterSize int64       // bytes asked for at once around a fault, a power of two up to 2 MiB; 0: as the pattern of faults suggests
@@ -58,6 +58,8 @@ type Object struct {
 	port emm.Port // guarded by mu; of a vm_allocate object: made at its Create
 	own  *Mapping // guarded by mu: the vm's own mapping, for readers that cannot take a COPY
 
+	broken []int64 // pages in Error when the object was adopted; until Resume
+
 	reqMu    sync.Mutex
 	requests []*request               // guarded by reqMu
 	returns  []*dataReturn            // guarded by reqMu
@@ -84,37 +86,17 @@ func (b *binding) head(o *Object) emm.Head {
 
 // NewObject makes the vm know a memory object. Its manager is told (Init) at the first mapping.
 func (v *VM) NewObject(opt ObjectOptions) (*Object, error) {
-	if opt.PageSize == 0 {
-		opt.PageSize = frameSize
-	}
-	ps := int64(opt.PageSize)
-	switch {
-	case ps < frameSize || ps > extentSize || ps&(ps-1) != 0:
-		return nil, fmt.Errorf("create object: page size %d: want a power of two from %d to %d: %w", ps, frameSize, extentSize, emm.InvalidArgument)
-	case opt.Size <= 0 || opt.Size > MaxObjectSize:
-		return nil, fmt.Errorf("create object: size %d: want 1 to %d bytes: %w", opt.Size, int64(MaxObjectSize), emm.InvalidArgument)
-	case opt.ClusterSize < 0 || opt.ClusterSize > extentSize || opt.ClusterSize&(opt.ClusterSize-1) != 0:
-		return nil, fmt.Errorf("create object: cluster size %d: want 0 or a power of two up to %d: %w", opt.ClusterSize, extentSize, emm.InvalidArgument)
-	}
-	size := (opt.Size + ps - 1) &^ (ps - 1)
-	o := &Object{vm: v, id: v.nextID.Add(1), size: size, pageSize: ps, shift: uint(bits.TrailingZeros64(uint64(ps))), port: opt.Port, gate: newGate(),
-		reasons: map[int64]emm.KernReturn{}}
-	o.control = &control{o: o}
-	o.maps.Store(&[]*Mapping{})
-	o.attrs.Store(&emm.Attributes{})
-	if opt.ClusterSize != 0 {
-		o.cluster = max(1, opt.ClusterSize>>o.shift)
-	}
-	if err := o.room.set(opt.ResidentMin, opt.ResidentMax, size, ps); err != nil {
+	o, err := v.object(opt)
+	if err != nil {
 		return nil, fmt.Errorf("create object: %w", err)
 	}
-	var err error
-	if o.table, err = v.newTable(o.id, size>>o.shift*8); err != nil {
-		return nil, fmt.Errorf("create object: page table of %d pages: %w", size>>o.shift, err)
+	o.id = v.nextID.Add(1)
+	if o.table, err = v.newTable(o.id, o.size>>o.shift*8); err != nil {
+		return nil, fmt.Errorf("create object: page table of %d pages: %w", o.size>>o.shift, err)
 	}
-	o.words = o.table.Words()[:size>>o.shift]
-	o.limit.Store(size >> o.shift)
-	if o.file, err = v.frames.NewFile(size); err != nil {
+	o.words = o.table.Words()[:o.size>>o.shift]
+	o.limit.Store(o.size >> o.shift)
+	if o.file, err = v.frames.NewFile(o.size); err != nil {
 		o.table.Close()
 		return nil, fmt.Errorf("create object: file of frames: %w", err)
 	}
@@ -132,6 +114,34 @@ func (v *VM) NewObject(opt ObjectOptions) (*Object, error) {
 	return o, nil
 }
 
+// object checks the options and makes an object of them, without a number, a table or a file.
+func (v *VM) object(opt ObjectOptions) (*Object, error) {
+	if opt.PageSize == 0 {
+		opt.PageSize = frameSize
+	}
+	ps := int64(opt.PageSize)
+	switch {
+	case ps < frameSize || ps > extentSize || ps&(ps-1) != 0:
+		return nil, fmt.Errorf("page size %d: want a power of two from %d to %d: %w", ps, frameSize, extentSize, emm.InvalidArgument)
+	case opt.Size <= 0 || opt.Size > MaxObjectSize:
+		return nil, fmt.Errorf("size %d: want 1 to %d bytes: %w", opt.Size, int64(MaxObjectSize), emm.InvalidArgument)
+	case opt.ClusterSize < 0 || opt.ClusterSize > extentSize || opt.ClusterSize&(opt.ClusterSize-1) != 0:
+		return nil, fmt.Errorf("cluster size %d: want 0 or a power of two up to %d: %w", opt.ClusterSize, extentSize, emm.InvalidArgument)
+	}
+	size := (opt.Size + ps - 1) &^ (ps - 1)
+	o := &Object{vm: v, size: size, pageSize: ps, shift: uint(bits.TrailingZeros64(uint64(ps))), port: opt.Port, gate: newGate(), reasons: map[int64]emm.KernReturn{}}
+	o.control = &control{o: o}
+	o.maps.Store(&[]*Mapping{})
+	o.attrs.Store(&emm.Attributes{})
+	if opt.ClusterSize != 0 {
+		o.cluster = max(1, opt.ClusterSize>>o.shift)
+	}
+	if err := o.room.set(opt.ResidentMin, opt.ResidentMax, size, ps); err != nil {
+		return nil, err
+	}
+	return o, nil
+}
+
 func (o *Object) bind(m emm.Manager, port emm.Port) *binding {
 	b := &binding{manager: m, port: port}
 	b.completer, _ = m.(emm.Completer)
@@ -139,10 +149,16 @@ func (o *Object) bind(m emm.Manager, port emm.Port) *binding {
 	return b
 }
 
-// ID names the object in this vm.
+// ID names the object in this vm, and in the one that adopts it.
 func (o *Object) ID() uint64 { return o.id }
 
-// Port is the object's port; zero for an object of vm_allocate that was never paged out.
+// File is where the object's resident pages are.
+func (o *Object) File() *frames.File { return o.file }
+
+// Table is the object's page table, as Options.NewTable made it.
+func (o *Object) Table() Table { return o.table }
+
+// Port is the object's port; zero for an object of vm_allocate that was never paged out, unless it was made with one.
 func (o *Object) Port() emm.Port {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -264,14 +280,19 @@ func (o *Object) ready() error {
 		if b == nil || b.def != nil {
 			return // a temporary object of our own: its manager gets Create
 		}
-		o.control.initialised.Store(true)
-		if kr := b.manager.Init(b.head(o), int(o.pageSize)); kr.Err() != nil {
-			o.initErr = fmt.Errorf("map object: its manager refused it: %w", kr)
-		} else if o.control.destroyed.Load() {
-			o.initErr = fmt.Errorf("map object: its manager destroyed it: %w", emm.InvalidObject)
-		}
+		o.init(b)
 	})
 	return o.initErr
+}
+
+// init is called under initOnce.
+func (o *Object) init(b *binding) {
+	o.control.initialised.Store(true)
+	if kr := b.manager.Init(b.head(o), int(o.pageSize)); kr.Err() != nil {
+		o.initErr = fmt.Errorf("map object: its manager refused it: %w", kr)
+	} else if o.control.destroyed.Load() {
+		o.initErr = fmt.Errorf("map object: its manager destroyed it: %w", emm.InvalidObject)
+	}
 }
 
 // adoptManager gives an object of vm_allocate to the default manager (memory_object_create), at its first page-out.
@@ -285,7 +306,9 @@ func (o *Object) adoptManager() (*binding, error) {
 	if def == nil {
 		return nil, fmt.Errorf("page out object %d: there is no default manager: %w", o.id, emm.Failure)
 	}
-	o.port = emm.NewPort()
+	if o.port.IsNull() {
+		o.port = emm.NewPort()
+	}
 	b := &binding{manager: def, def: def, port: o.port}
 	b.completer, _ = def.(emm.Completer)
 	// Create is a direct call that must not block and has nothing to ask the vm for under o.mu: SetCookie and ChangeAttributes do not take it.
@@ -306,7 +329,7 @@ func (o *Object) Destroyed() bool { return o.control.destroyed.Load() }
 func (o *Object) Terminate() {
 	o.answerAll(emm.MemoryError)                                         // nobody is left to wait for them
 	if !o.temporary() && !o.control.destroyed.Load() && o.gate.enter() { // otherwise contents die with the object
-		err := o.lockRange(o.vm.ctx, 0, o.npages(), emm.ReturnAll, true)
+		err := o.lockPages(o.vm.ctx, 0, o.npages(), emm.ReturnAll, true) // nobody maps it, so also while adopting
 		o.gate.leave()
 		if err != nil {
 			o.vm.log.Warn("object ended with contents that its manager did not take", "object", o.id, "err", err)

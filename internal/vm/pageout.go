@@ -66,6 +66,14 @@ func (o *Object) PageOut(ctx context.Context, off, n int64) error {
 func (o *Object) lockRange(ctx context.Context, a, b int64, ret emm.Return, flush bool) error {
 	ctx, cancel := o.gate.bound(ctx, emm.InvalidObject)
 	defer cancel()
+	if err := o.vm.live(ctx); err != nil {
+		return fmt.Errorf("page out: %w", err)
+	}
+	return o.lockPages(ctx, a, b, ret, flush)
+}
+
+// lockPages is lockRange for who knows that all mappings are known.
+func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flush bool) error {
 	op := &lockOp{}
 	limit := int64(o.vm.bufs.size) >> o.shift
 	walk := touched{o: o}

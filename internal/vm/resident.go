@@ -239,15 +239,21 @@ func (o *Object) takeOld(p int64, clean bool) bool {
 func (o *Object) countWired(f int64) bool {
 	v, r := o.vm, &o.room
 	budget := v.frames.Budget() / frameSize
-	wired := r.wired.Add(f)
-	more := r.promised(wired) - r.promised(wired-f)
-	v.wired.Add(f)
-	fits := v.guaranteed.promised.Add(more) <= budget-unpromised(budget, f) || more == 0
+	wired, promised, more := o.chargeWired(f)
+	fits := promised <= budget-unpromised(budget, f) || more == 0
 	if fits && (r.max == 0 || wired <= r.max-minResidentMax/2*f) {
 		return true
 	}
 	o.uncountWired(f)
 	return false
+}
+
+// chargeWired counts f more wired frames: how many the object has then, how many are promised by all, and how many of these are new.
+func (o *Object) chargeWired(f int64) (wired, promised, more int64) {
+	wired = o.room.wired.Add(f)
+	more = o.room.promised(wired) - o.room.promised(wired-f)
+	o.vm.wired.Add(f)
+	return wired, o.vm.guaranteed.promised.Add(more), more
 }
 
 func (o *Object) uncountWired(f int64) {

@@ -20,6 +20,7 @@ type Task struct {
 	fd      *uffd.FD // immutable
 	stop    int      // immutable; an eventfd that ends the reader's poll, or makes it look at pending
 	gate    *gate
+	begun   atomic.Bool // the reader was started, or never will be
 	ended   atomic.Bool
 	serving atomic.Bool                // the reader is in a batch: what it has answered may not be counted yet
 	done    chan struct{}              // closed when the reader has ended
@@ -36,7 +37,7 @@ type Task struct {
 	stats taskCounters
 }
 
-// NewTask starts to serve the faults that come in by fd, which it takes over. pid is for people only.
+// NewTask starts to serve the faults that come in by fd, which it takes over; in a vm that adopts, with Resume. pid is for people only.
 func (v *VM) NewTask(fd *uffd.FD, pid int) (*Task, error) {
 	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
 	if err != nil {
@@ -50,9 +51,19 @@ func (v *VM) NewTask(fd *uffd.FD, pid int) (*Task, error) {
 	t.spans.Store(&[]taskSpan{})
 	v.mu.Lock()
 	v.tasks[t.id] = t
+	adopting := v.adopting.Load()
 	v.mu.Unlock()
-	go t.read()
+	if !adopting {
+		t.begin()
+	}
 	return t, nil
+}
+
+// begin starts the reader, unless the task has been closed.
+func (t *Task) begin() {
+	if !t.begun.Swap(true) {
+		go t.read()
+	}
 }
 
 // ID names the task in this vm.
@@ -76,6 +87,9 @@ func (t *Task) Close() {
 	t.vm.token.drop(t, nil)
 	t.ended.Store(true)
 	t.poke()
+	if !t.begun.Swap(true) {
+		close(t.done)
+	}
 	<-t.done
 	t.vm.mu.Lock()
 	delete(t.vm.tasks, t.id)
@@ -129,8 +143,12 @@ func (t *Task) mapped(m *Mapping) error {
 func (t *Task) moved(from, to, n uint64) {
 	t.mu.Lock()
 	for _, m := range t.maps {
-		m.unmapped(to, n)
-		m.moved(from, to, n)
+		gone := m.unmapped(to, n)
+		if m.moved(from, to, n) || gone {
+			if t.vm.told != nil {
+				t.vm.told(t, m.id, exported(*m.spans.Load()))
+			}
+		}
 	}
 	s := sortSpans(t.maps)
 	t.spans.Store(&s)

@@ -28,8 +28,12 @@ import (
 const taskRole = "vm-test-task"
 
 func TestMain(m *testing.M) {
-	if os.Args[0] == taskRole {
+	switch os.Args[0] {
+	case taskRole:
 		taskMain()
+		return
+	case pagerRole:
+		pagerMain()
 		return
 	}
 	panicOnBug = true
@@ -61,14 +65,25 @@ type result struct {
 
 // task is the test's end of a task process.
 type task struct {
-	t    *testing.T
+	t    testing.TB
 	cmd  *exec.Cmd
 	conn *net.UnixConn
 	*Task
 	mu sync.Mutex
 }
 
-func startTask(t *testing.T, v *VM) *task {
+func startTask(t testing.TB, v *VM) *task {
+	t.Helper()
+	x, fd := spawnTask(t)
+	var err error
+	if x.Task, err = v.NewTask(uffd.FromFd(fd), x.cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
+	return x
+}
+
+// spawnTask starts a task's process and returns it with its userfaultfd, which is the caller's.
+func spawnTask(t testing.TB) (*task, int) {
 	t.Helper()
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -93,9 +108,6 @@ func startTask(t *testing.T, v *VM) *task {
 	if fd < 0 {
 		t.Fatal("task: no userfaultfd (run as root)")
 	}
-	if x.Task, err = v.NewTask(uffd.FromFd(fd), cmd.Process.Pid); err != nil {
-		t.Fatal(err)
-	}
 	t.Cleanup(func() {
 		x.conn.Close()
 		done := make(chan struct{})
@@ -106,9 +118,11 @@ func startTask(t *testing.T, v *VM) *task {
 			cmd.Process.Kill()
 			<-done
 		}
-		x.Task.Close()
+		if x.Task != nil {
+			x.Task.Close()
+		}
 	})
-	return x
+	return x, fd
 }
 
 // do sends an order and waits for its result; a task that does not answer is shown with all its stacks and fails the test.
@@ -368,4 +382,20 @@ func stress(m []byte, o order, r *result) {
 	}
 	wg.Wait()
 	r.Wrong, r.Ops = wrong.Load(), ops.Load()
+}
+
+type uffdMsg = uffd.Msg
+
+func uffdFrom(fd int) *uffd.FD {
+	unix.SetNonblock(fd, true)
+	return uffd.FromFd(fd)
+}
+
+// waitReadable waits until a message is in the userfaultfd.
+func waitReadable(t *testing.T, fd int) {
+	t.Helper()
+	unix.SetNonblock(fd, true)
+	if n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 10_000); n != 1 {
+		t.Fatalf("no message: %v", err)
+	}
 }

@@ -67,6 +67,11 @@ type Options struct {
 	Policy string
 	// MaxReturn bounds the bytes lent to managers in data returns; 0: 16 MiB.
 	MaxReturn int64
+	// Adopting makes a vm that takes over what an earlier one left, and serves nothing before Resume: see adopt.go.
+	Adopting bool
+	// Moved is told where the pieces of a mapping are since its task has moved some of it (mremap(2)): whoever answers for ranges when this process cannot must know. It
+	// is called on a fault reader with a lock of the task's held: it must neither wait nor call the vm. The mapping's Start and AdoptMapping are not told. nil: nobody cares.
+	Moved func(t *Task, mapping uint64, spans []Span)
 	// Log for what an operator should know; nil: discard.
 	Log *slog.Logger
 }
@@ -80,7 +85,10 @@ type VM struct {
 	seqno    atomic.Uint32                               // of the default pager's port
 	zero     []byte                                      // immutable; extentSize bytes of zeros, off the heap
 	bufs     *bufferPool                                 // immutable
+	told     func(t *Task, mapping uint64, spans []Span) // immutable; Options.Moved
 	nextID   atomic.Uint64
+	adopting atomic.Bool   // changed under mu
+	resumed  chan struct{} // closed when no adoption is under way
 
 	mu      sync.Mutex
 	objects map[uint64]*Object // guarded by mu
@@ -133,17 +141,36 @@ func New(o Options) (*VM, error) {
 		return nil, fmt.Errorf("new vm: map zeros: %w", err)
 	}
 	v := &VM{frames: o.Frames, newTable: o.NewTable, log: o.Log, zero: zero, bufs: newBufferPool(o.MaxReturn),
-		objects: map[uint64]*Object{}, tasks: map[uint64]*Task{}, kick: make(chan struct{}, 1)}
+		objects: map[uint64]*Object{}, tasks: map[uint64]*Task{}, kick: make(chan struct{}, 1), told: o.Moved, resumed: make(chan struct{})}
 	if v.policy, err = policy.New(o.Policy, policy.Options{Capacity: max(1, o.Frames.Budget()/frameSize)}); err != nil {
 		unmapOffHeap(zero)
 		return nil, fmt.Errorf("new vm: %w", err)
 	}
 	v.heals.some = make(chan struct{}, 1)
 	v.ctx, v.cancel = context.WithCancel(context.Background())
+	v.adopting.Store(o.Adopting)
+	if !o.Adopting {
+		close(v.resumed)
+		v.begin()
+	}
+	return v, nil
+}
+
+// begin starts what goes on by itself.
+func (v *VM) begin() {
 	v.bg.Go(v.pageout)
 	v.bg.Go(v.serveHeals)
 	v.bg.Go(v.watchRequests)
-	return v, nil
+}
+
+// live waits until no adoption is under way: before, not all mappings of a page are known.
+func (v *VM) live(ctx context.Context) error {
+	select {
+	case <-v.resumed:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for the end of adoption: %w", context.Cause(ctx))
+	}
 }
 
 // SetDefaultManager makes m the manager of temporary objects from now on, and returns the one before it; objects that have a manager keep

@@ -124,7 +124,7 @@ type testLog struct{ t *testing.T }
 
 func (l testLog) Write(b []byte) (int, error) { l.t.Logf("%s", bytes.TrimSpace(b)); return len(b), nil }
 
-func newObject(t *testing.T, v *VM, opt ObjectOptions) *Object {
+func newObject(t testing.TB, v *VM, opt ObjectOptions) *Object {
 	t.Helper()
 	o, err := v.NewObject(opt)
 	if err != nil {

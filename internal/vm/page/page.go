@@ -337,9 +337,10 @@ const (
 	PunchFrame                // punch it out of the file: nobody could have written it, or it is stored
 )
 
-// Adopt is the word that a new pager begins with, when the old one is certainly gone: who owned the page died at any instruction.
+// Adopt is the word that a new pager begins with, when the old one is certainly gone: who owned the page died at any instruction. Nobody has it wired: who had says so
+// again.
 func Adopt(w Word) (Word, Remains) {
-	n := w &^ (BusyBit | WaitersBit)
+	n := w &^ (BusyBit | WaitersBit | wiredMask)
 	switch w.State() {
 	case Requested: // no mapping had a writable entry, and what lies in the file may be half a page
 		return n.in(Absent) &^ Precious, PunchFrame
