@@ -4,7 +4,12 @@ package region
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 
 	"machpager/internal/ipc"
 )
@@ -32,7 +37,8 @@ type BackingStore struct {
 }
 
 // BackingStoreCreate adds a paging file in the directory dir to the pager's paging space (default_pager_backing_store_create): from then on pages that are paged out go
-// there too. "": the directory that the pager was started with. The file has no name and is gone with the pager. Its number is returned. For the pager's own user
+// there too. "": the directory of the first one there is. The file has no name and is gone with the pager. It is made here, with the rights of the caller, for the pager
+// itself opens nothing by name. Its number is returned. For the pager's own user
 // and root: unix.EPERM for others. Paging space that is not files: unix.EOPNOTSUPP.
 func (p *Pager) BackingStoreCreate(ctx context.Context, dir string, o *BackingStoreOptions) (id int, err error) {
 	if o == nil {
@@ -41,11 +47,19 @@ func (p *Pager) BackingStoreCreate(ctx context.Context, dir string, o *BackingSt
 	if o.Capacity < 0 || o.Preallocate && o.Capacity == 0 {
 		return 0, invalid("create paging file: capacity of %d bytes, preallocated %v: want what to preallocate", o.Capacity, o.Preallocate)
 	}
-	if dir != "" {
-		if dir, err = filepath.Abs(dir); err != nil { // the pager lives elsewhere
-			return 0, p.failed("create paging file", err)
+	if dir == "" {
+		if dir, err = p.firstBackingDir(ctx); err != nil {
+			return 0, err
 		}
 	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return 0, p.failed("create paging file", err)
+	}
+	f, err := createPagingFile(dir)
+	if err != nil {
+		return 0, p.failed("create paging file in "+dir, err)
+	}
+	defer f.Close()
 	q := ipc.BackingStoreCreate{Capacity: o.Capacity, Priority: o.Priority}
 	if o.Preallocate {
 		q.Flags = ipc.BackingStorePreallocate
@@ -54,7 +68,7 @@ func (p *Pager) BackingStoreCreate(ctx context.Context, dir string, o *BackingSt
 		return 0, p.failed("create paging file", err)
 	}
 	defer p.making.Done()
-	m, err := p.link.Call(ctx, ipc.TypeBackingStoreCreate, q, &ipc.CallOptions{Tail: []byte(dir), Late: p.lateBackingStore})
+	m, err := p.link.Call(ctx, ipc.TypeBackingStoreCreate, q, &ipc.CallOptions{Tail: []byte(dir), FDs: []int{int(f.Fd())}, Late: p.lateBackingStore})
 	if err != nil {
 		return 0, p.failed("create paging file", err)
 	}
@@ -64,6 +78,38 @@ func (p *Pager) BackingStoreCreate(ctx context.Context, dir string, o *BackingSt
 		return 0, p.failed("create paging file", err)
 	}
 	return int(r.ID), nil
+}
+
+// firstBackingDir is where the first paging file is.
+func (p *Pager) firstBackingDir(ctx context.Context) (string, error) {
+	list, err := p.BackingStores(ctx)
+	if err != nil {
+		return "", err
+	}
+	if len(list) == 0 {
+		return "", p.failed("create paging file", fmt.Errorf("the pager has none yet, or paging space that is no files: %w", unix.EOPNOTSUPP))
+	}
+	return list[0].Dir, nil
+}
+
+// createPagingFile makes a file without a name: by O_TMPFILE, or where the file system lacks that by unlinking it.
+func createPagingFile(dir string) (*os.File, error) {
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC|unix.O_EXCL, 0o600)
+	if err == nil {
+		return os.NewFile(uintptr(fd), filepath.Join(dir, "(paging file)")), nil
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EINVAL) {
+		return nil, fmt.Errorf("%w (name another directory)", err)
+	}
+	f, err := os.CreateTemp(dir, "paging.*")
+	if err != nil {
+		return nil, fmt.Errorf("%w (name another directory)", err)
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // lateBackingStore takes back what was added for a caller that had gone.

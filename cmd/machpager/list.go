@@ -96,6 +96,7 @@ func writeInfo(w io.Writer, i region.Info) error {
 	row("machpager", i.Version)
 	row("linux", i.Kernel)
 	row("tier", i.Tier+": "+i.TierText)
+	row("confinement", i.Confinement)
 	row("pager", i.PagerPID)
 	row("guardian", i.GuardianPID)
 	row("frames", i.Frames)

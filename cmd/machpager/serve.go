@@ -56,6 +56,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 	f.StringVar(&o.Dir, "dir", "", "directory of the paging file, which has no name in it (default $TMPDIR)")
 	f.Var(&capacity, "capacity", "paging space (default what there is)")
 	f.StringVar(&o.Group, "group", "", "name or number of a group that may use the socket: its mode is 0660 then, else 0600")
+	f.StringVar(&o.Confine, "confine", daemon.ConfineAuto, "give up capabilities and files by name (landlock): auto (as far as the kernel can), always, or never")
 	f.BoolVar(&o.GiveDevice, "hand-out-userfaultfd", false,
 		"give tasks an open /dev/userfaultfd: full userfaultfd for whoever may use the socket, which the sysctl vm.unprivileged_userfaultfd withholds")
 	f.DurationVar(&grace, "grace", 10*time.Second, "how long tasks may take to leave after the first signal")

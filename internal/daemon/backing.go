@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
@@ -27,25 +28,52 @@ func (s *session) createBacking(m *ipc.Message) (ipc.Reply, error) {
 	if err != nil {
 		return ipc.Reply{}, err
 	}
-	dir := string(tail)
+	dir, raw := string(tail), m.TakeFD(0)
+	f := os.NewFile(uintptr(raw), filepath.Join(dir, "(paging file)"))
+	keep := false
+	defer func() {
+		if !keep {
+			f.Close()
+		}
+	}()
 	switch err := s.operator(); {
 	case err != nil:
 		return ipc.Reply{}, fmt.Errorf("create paging file: %w", err)
 	case s.d.backing == nil:
 		return ipc.Reply{}, fmt.Errorf("create paging file: %w", s.d.errNoFiles())
-	case dir != "" && !filepath.IsAbs(dir):
+	case !filepath.IsAbs(dir):
 		return ipc.Reply{}, fmt.Errorf("create paging file: directory %q: want an absolute path: %w", dir, emm.InvalidArgument)
 	case q.Capacity < 0 || q.Flags&^ipc.BackingStorePreallocate != 0:
 		return ipc.Reply{}, fmt.Errorf("create paging file: %d bytes, flags %#x: %w", q.Capacity, q.Flags, emm.InvalidArgument)
-	case dir == "":
-		dir = s.d.config.Dir
 	}
-	id, err := addFile(s.d.backing, file.Options{Dir: dir, Capacity: q.Capacity, Preallocate: q.Flags&ipc.BackingStorePreallocate != 0}, int(q.Priority))
+	if err := checkPagingFile(raw); err != nil {
+		return ipc.Reply{}, fmt.Errorf("create paging file: %w: %w", err, emm.InvalidArgument)
+	}
+	id, err := addFile(s.d.backing, file.Options{File: f, Capacity: q.Capacity, Preallocate: q.Flags&ipc.BackingStorePreallocate != 0}, int(q.Priority))
 	if err != nil {
 		return ipc.Reply{}, err
 	}
+	keep = true
 	s.log.Info("paging file added", "file", id, "dir", dir, "capacity", q.Capacity, "priority", q.Priority)
 	return ipc.Reply{Body: ipc.BackingStore{ID: uint32(id)}}, nil
+}
+
+// checkPagingFile looks whether a file that came in is one that nobody else will find, with nothing in it, where pread and pwrite do what they say.
+func checkPagingFile(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("stat the file: %w", err)
+	}
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	switch {
+	case err != nil:
+		return fmt.Errorf("read the flags of the file: %w", err)
+	case st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 0 || st.Size != 0:
+		return fmt.Errorf("the file has mode %#o, %d names and %d bytes: want a regular file without names and contents", st.Mode, st.Nlink, st.Size)
+	case flags&unix.O_ACCMODE != unix.O_RDWR || flags&(unix.O_APPEND|unix.O_DIRECT|unix.O_PATH) != 0:
+		return fmt.Errorf("the file is open with flags %#x: want O_RDWR, without O_APPEND, O_DIRECT and O_PATH", flags)
+	}
+	return nil
 }
 
 func (s *session) deleteBacking(ctx context.Context, q ipc.BackingStore) error {

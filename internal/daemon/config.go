@@ -27,6 +27,7 @@ type Config struct {
 	Group      string      // name or number of the group that may use Socket; "": the user alone
 	Restarts   int         // deaths of the pager in a row that are answered with a new one: see guardian.Options; 0: the default, less: none
 	Failpoints string      // of tests: what each pager arms (package failpoint)
+	Confine    string      // one of Confines; "": ConfineAuto
 	GiveDevice bool        // hand an open /dev/userfaultfd to tasks that ask for it: what the sysctl vm.unprivileged_userfaultfd withholds
 }
 

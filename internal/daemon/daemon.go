@@ -75,21 +75,22 @@ const closeLimit = 3 * time.Second
 
 // Daemon is a pager process.
 type Daemon struct {
-	config   Config              // immutable
-	managers map[string]*Manager // immutable
-	log      *slog.Logger        // immutable
-	guardian *guardian.Client    // immutable
-	tier     tier                // immutable
-	budget   int64               // immutable; bytes, at the start; frames knows what it is now
-	device   *os.File            // immutable; /dev/userfaultfd for tasks that may not open it; nil: none
-	frames   *frames.Pool
-	store    store.Store
-	backing  *files.Store // the part of store that is files; nil: none is
-	pager    *pager.Pager
-	vm       *vm.VM
-	probe    *prober
-	objects  objects
-	limits   limits
+	config      Config              // immutable
+	managers    map[string]*Manager // immutable
+	log         *slog.Logger        // immutable
+	guardian    *guardian.Client    // immutable
+	tier        tier                // immutable
+	budget      int64               // immutable; bytes, at the start; frames knows what it is now
+	confinement string              // immutable once it serves; what confine did, for people
+	device      *os.File            // immutable; /dev/userfaultfd for tasks that may not open it; nil: none
+	frames      *frames.Pool
+	store       store.Store
+	backing     *files.Store // the part of store that is files; nil: none is
+	pager       *pager.Pager
+	vm          *vm.VM
+	probe       *prober
+	objects     objects
+	limits      limits
 
 	sessions sync.WaitGroup
 	ends     sync.WaitGroup // objects on their way out; added to by sessions only
@@ -134,6 +135,9 @@ func Run(o Options) error {
 		listener, err = listen(o.Socket, o.Group)
 	}
 	if err == nil {
+		err = d.confine(ctx)
+	}
+	if err == nil {
 		err = d.guardian.Ready(ctx)
 	}
 	if err != nil {
@@ -148,7 +152,7 @@ func Run(o Options) error {
 		return err
 	}
 	d.log.Info("the pager serves", "pid", os.Getpid(), "guardian", os.Getppid(), "tier", string(d.tier.letter), "frames", d.frames.Kind().String(),
-		"budget", d.budget, "socket", o.Socket)
+		"budget", d.budget, "socket", o.Socket, "confinement", d.confinement)
 
 	go func() {
 		select {

@@ -297,7 +297,7 @@ func (s *session) info() (ipc.Reply, error) {
 	if n, err := d.frames.Usage(); err == nil {
 		r.KernelResident = n
 	}
-	tail, err := ipc.AppendStrings(nil, d.frames.Kind().String(), d.tier.text, kernelRelease(), Version)
+	tail, err := ipc.AppendStrings(nil, d.frames.Kind().String(), d.tier.text, kernelRelease(), Version, d.confinement)
 	return ipc.Reply{Body: r, Tail: tail}, err
 }
 

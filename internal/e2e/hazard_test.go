@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"machpager/internal/confine"
+	"machpager/internal/daemon"
 	"machpager/region"
 	"machpager/region/spawn"
 )
@@ -33,9 +35,12 @@ func open(ctx context.Context, socket string) (*region.Pager, error) {
 	return startPager(ctx, spawn.Options{Resident: 64 << 20})
 }
 
-// startPager starts a pager whose log goes to the task's standard error.
+// startPager starts a pager, confined whenever that can be had, whose log goes to the task's standard error.
 func startPager(ctx context.Context, o spawn.Options) (*region.Pager, error) {
 	o.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	if o.Confine == "" && confine.Have() == nil {
+		o.Confine = daemon.ConfineAlways
+	}
 	return spawn.Start(ctx, &o)
 }
 

@@ -18,6 +18,7 @@ func managers() []spawn.Manager {
 		{Name: "faulty", Open: func(_ context.Context, arg string, _ *os.File) (emm.Manager, error) { return &faulty{mode: arg}, nil }},
 		{Name: "badstore", Open: openBadStore},
 		{Name: "moody", Open: openMoody},
+		{Name: "opener", Open: opener},
 		{Name: "sluggish", Open: openSluggish},
 		{Name: "refuses", Open: func(context.Context, string, *os.File) (emm.Manager, error) {
 			return nil, fmt.Errorf("open the manager: %w", os.ErrPermission)

@@ -1,7 +1,9 @@
 package frames
 
 import (
+	"errors"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -171,4 +173,33 @@ func TestSetBudgetKernel(t *testing.T) {
 		}
 		wantBlocks(t, f, 30+ExtentFrames) // huge=within_size is still in force
 	})
+}
+
+// TestResizeBy: from then on somebody else sets the size of the mount, and what he refuses does not happen.
+func TestResizeBy(t *testing.T) {
+	p := newPool(t, Tmpfs, 64*PageSize)
+	var asked []int64
+	refuse := false
+	err := p.ResizeBy(func(mountfd, ctlfd int, size int64) error {
+		if refuse {
+			return unix.EPERM
+		}
+		asked = append(asked, size)
+		return SetMountSize(mountfd, -1, size)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.SetBudget(32 * PageSize); err != nil {
+		t.Fatal(err)
+	}
+	refuse = true
+	for _, n := range []int64{16, 48} {
+		if err := p.SetBudget(n * PageSize); !errors.Is(err, unix.EPERM) {
+			t.Errorf("refused: %v", err)
+		}
+	}
+	if want := []int64{64 * PageSize, 32 * PageSize}; !slices.Equal(asked, want) || p.Budget() != 32*PageSize || !p.Reserve(32) || p.Reserve(1) {
+		t.Errorf("asked for %v, want %v; the budget is %d", asked, want, p.Budget())
+	}
 }

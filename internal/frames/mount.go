@@ -18,7 +18,8 @@ type mount struct {
 	pick   func(mountfd int) (int, error) // makes an fd that reconfigures the mount
 
 	mu  sync.Mutex
-	ctl int // fd of fspick; guarded by mu; -1: to be made by pick
+	by  func(mountfd, ctlfd int, size int64) error // guarded by mu; changes the size in the place of this process; nil: done here
+	ctl int                                        // fd of fspick; guarded by mu; -1: to be made by pick
 }
 
 // mountHere makes a mount with the privileges of this process (CAP_SYS_ADMIN).
@@ -91,6 +92,44 @@ func (m *mount) usage() (int64, error) {
 	}
 }
 
+// ResizeBy has by change the size of the pool's mount from now on, for this process is about to give up the capability: see SetMountSize. It is tried at once, with the size there
+// is. Nothing happens in a pool of memory files.
+func (p *Pool) ResizeBy(by func(mountfd, ctlfd int, size int64) error) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.mount == nil {
+		return nil
+	}
+	m := p.mount
+	m.mu.Lock()
+	m.by = by
+	m.mu.Unlock()
+	return m.setSize(p.budget.Load() * PageSize)
+}
+
+// MountFD is the number of the mount's descriptor, good until Close; -1: the pool is memory files.
+func (p *Pool) MountFD() int {
+	if p.mount == nil {
+		return -1
+	}
+	return p.mount.fd
+}
+
+// SetMountSize changes the limit of a tmpfs, in bytes; ctlfd is of fspick(2) for it, -1: it is made here. Needs CAP_SYS_ADMIN, or to be the owner of the user namespace that the
+// tmpfs was made in. A ctlfd whose use failed is of no use any more.
+func SetMountSize(mountfd, ctlfd int, size int64) error {
+	m := mount{fd: mountfd, ctl: ctlfd}
+	if ctlfd < 0 {
+		fd, err := fspick(mountfd)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		m.ctl = fd
+	}
+	return m.set(size)
+}
+
 func fspick(mountfd int) (int, error) {
 	fd, err := unix.Fspick(mountfd, "", unix.FSPICK_CLOEXEC|unix.FSPICK_EMPTY_PATH)
 	if err != nil {
@@ -112,6 +151,9 @@ func (m *mount) setSize(size int64) error {
 		if used > size {
 			return fmt.Errorf("%d bytes of tmpfs are in use: %w (page out first)", used, unix.EBUSY)
 		}
+		if m.by != nil {
+			return m.by(m.fd, m.ctl, size)
+		}
 		if m.ctl < 0 {
 			if m.ctl, err = m.pick(m.fd); err != nil {
 				m.ctl = -1
@@ -126,16 +168,22 @@ func (m *mount) setSize(size int64) error {
 
 // reconfigure needs mu and a fd of fspick, and closes it if it fails.
 func (m *mount) reconfigure(size int64) error {
+	err := m.set(size)
+	if err != nil {
+		unix.Close(m.ctl)
+		m.ctl = -1
+	}
+	return err
+}
+
+func (m *mount) set(size int64) error {
 	err := unix.FsconfigSetString(m.ctl, "size", strconv.FormatInt(size, 10))
 	if err == nil {
 		if err = unix.FsconfigReconfigure(m.ctl); err == nil {
 			return nil
 		}
 	}
-	err = fsError(m.ctl, "set size of tmpfs to "+strconv.FormatInt(size, 10), err)
-	unix.Close(m.ctl)
-	m.ctl = -1
-	return err
+	return fsError(m.ctl, "set size of tmpfs to "+strconv.FormatInt(size, 10), err)
 }
 
 func (m *mount) close() error {

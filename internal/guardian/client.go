@@ -156,6 +156,15 @@ func (c *Client) Ready(ctx context.Context) error {
 	return c.call(ctx, "tell ready", ipc.TypeReady, nil, nil)
 }
 
+// Resize has the guardian set the size of the frames' tmpfs, in bytes, for which it has the capability still: see frames.SetMountSize.
+func (c *Client) Resize(ctx context.Context, mountfd, ctlfd int, size int64) error {
+	fds := []int{mountfd}
+	if ctlfd >= 0 {
+		fds = append(fds, ctlfd)
+	}
+	return c.call(ctx, "resize tmpfs", ipc.TypeResize, ipc.Resize{Size: size}, &ipc.CallOptions{FDs: fds})
+}
+
 // Put has the guardian hold the item, or replace the one of the same kind and ID. The descriptor stays the caller's: the guardian has a copy.
 func (c *Client) Put(ctx context.Context, i Item) error {
 	if len(i.Tail) > ipc.MaxItemTail {

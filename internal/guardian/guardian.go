@@ -74,6 +74,8 @@ type Options struct {
 	Grace time.Duration
 	// Ready is called whenever a pager serves; nil: nothing.
 	Ready func(pid int)
+	// SetMountSize sets the size of a tmpfs for a pager that has given up the capability: frames.SetMountSize. nil: such requests are refused.
+	SetMountSize func(mountfd, ctlfd int, size int64) error
 	// Log hears what an operator should know; nil: nobody.
 	Log *slog.Logger
 }
@@ -91,6 +93,7 @@ func Run(o Options) error {
 		o.Settled = 10 * time.Second
 	}
 	s := &supervisor{Options: o, table: newTable(o.Log), upgrade: make(chan upgrade)}
+	s.table.mount.set = o.SetMountSize
 	err := s.run()
 	if o.Client != nil {
 		shutdown(int(o.Client.Fd()))

@@ -72,6 +72,12 @@ func (s *supervisor) handler(ready chan<- struct{}) ipc.Handler {
 			default:
 			}
 			return ipc.Reply{}, nil
+		case ipc.TypeResize:
+			q, _, err := ipc.Decode[ipc.Resize](m.Body)
+			if err == nil {
+				err = s.table.mount.resize(q.Size, m)
+			}
+			return ipc.Reply{}, err
 		case ipc.TypeReplace:
 			return ipc.Reply{}, s.ask(ctx)
 		}

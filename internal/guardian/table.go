@@ -35,6 +35,7 @@ type item struct {
 type table struct {
 	log   *slog.Logger
 	eager *allowance // immutable
+	mount mount
 
 	mu      sync.Mutex
 	order   uint64                         // guarded by mu; of the last item

@@ -69,5 +69,9 @@ type Given struct {
 	Pad   uint32
 }
 
+// Resize sets the size of the tmpfs that is fd 0; fd 1, if there, is of fspick(2), for it. The pager has given up the capability for it. Only the tmpfs of the first
+// such request is ever resized. Reply: Empty.
+type Resize struct{ Size int64 }
+
 // TypeOffer (Give of an ItemState) asks a new program whether it could take over; an error says why not. TypeReplace (Empty) asks the guardian for an
 // upgrade; its only reply is an error. TypeReady (Empty) tells the guardian that the pager serves. TypeStop (Empty) tells the pager to end.

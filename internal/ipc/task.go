@@ -221,8 +221,9 @@ type ObjectSnapshot struct{ Handle uint64 }
 // SetResident changes the budget of resident bytes; for the pager's own user and root. Reply: Empty, when the budget holds.
 type SetResident struct{ Bytes int64 }
 
-// BackingStoreCreate adds a paging file (default_pager_backing_store_create); for the pager's own user and root. Tail: its directory, an absolute path as the pager
-// sees it; empty: where the pager's first one was to be. Reply: BackingStore.
+// BackingStoreCreate adds a paging file (default_pager_backing_store_create); for the pager's own user and root. Tail: its directory, for
+// people. fd 0: the file, made by who asks, for the pager opens nothing by name: empty, nameless, open for reading and writing. It is the pager's from then on. Reply:
+// BackingStore.
 type BackingStoreCreate struct {
 	Capacity int64  // bytes; 0: what its file system has
 	Priority int32  // files of a higher one are used first
@@ -292,7 +293,8 @@ type Latency struct {
 	Max   uint64
 }
 
-// InfoReply answers Info (default_pager_info). Tail: four strings: kind of frames, privilege tier as text, kernel release, version of machpager.
+// InfoReply answers Info (default_pager_info). Tail: five strings: kind of frames, privilege tier as text, kernel release, version of machpager,
+// how the pager is confined.
 type InfoReply struct {
 	MinPageSize    uint32
 	MaxPageSize    uint32

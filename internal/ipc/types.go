@@ -44,6 +44,7 @@ const (
 	TypeDrop    Type = 65
 	TypeReady   Type = 66
 	TypeReplace Type = 67
+	TypeResize  Type = 68
 
 	TypeStop  Type = 96
 	TypeGive  Type = 97
@@ -121,16 +122,17 @@ var specs = map[Type]spec{
 	TypeObjectSetSize:      {name: "ObjectSetSize", request: Shape{Fixed: ObjectSetSize{}}, reply: Shape{Fixed: Empty{}}},
 	TypeSetResident:        {name: "SetResident", request: Shape{Fixed: SetResident{}}, reply: Shape{Fixed: Empty{}}},
 	TypeObjectSnapshot:     {name: "ObjectSnapshot", request: Shape{Fixed: ObjectSnapshot{}}, reply: Shape{Fixed: ObjectReply{}}},
-	TypeBackingStoreCreate: {name: "BackingStoreCreate", request: Shape{Fixed: BackingStoreCreate{}, Tail: TailText}, reply: Shape{Fixed: BackingStore{}}},
+	TypeBackingStoreCreate: {name: "BackingStoreCreate", request: Shape{Fixed: BackingStoreCreate{}, Tail: TailText, MinFDs: 1, MaxFDs: 1, Kind: KindFile}, reply: Shape{Fixed: BackingStore{}}},
 	TypeBackingStoreDelete: {name: "BackingStoreDelete", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: Empty{}}},
 	TypeBackingStoreInfo:   {name: "BackingStoreInfo", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: BackingStoreInfoReply{}, Tail: TailText}},
 	TypeInfo:               {name: "Info", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: InfoReply{}, Tail: TailStrings}},
 
 	TypeUpgrade: {name: "Upgrade", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
 
-	TypePut:   {name: "Put", request: Shape{Fixed: Put{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
-	TypeDrop:  {name: "Drop", request: Shape{Fixed: Drop{}}, reply: Shape{Fixed: Empty{}}},
-	TypeReady: {name: "Ready", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
+	TypePut:    {name: "Put", request: Shape{Fixed: Put{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
+	TypeDrop:   {name: "Drop", request: Shape{Fixed: Drop{}}, reply: Shape{Fixed: Empty{}}},
+	TypeReady:  {name: "Ready", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
+	TypeResize: {name: "Resize", request: Shape{Fixed: Resize{}, MinFDs: 1, MaxFDs: 2}, reply: Shape{Fixed: Empty{}}},
 
 	TypeStop:    {name: "Stop", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
 	TypeGive:    {name: "Give", request: Shape{Fixed: Give{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/confine"
 	"machpager/internal/daemon"
 	"machpager/internal/frames"
 	"machpager/internal/guardian"
@@ -61,11 +62,19 @@ func (h hello) packet() ([]byte, error) {
 
 var mainCalled atomic.Bool
 
+// ownManagers is how many managers Main was given.
+var ownManagers int
+
 // Main serves if this process is a child made by Start or Serve, and then does not return. It belongs on the first line of main, and of TestMain: every
 // init of the program has run in the child by then. managers are the program's own memory managers, for objects that name them.
+//
+// A pager without managers of the program's own gives up what it does not need when it begins to serve: all capabilities, and, by landlock(7), every file that it
+// would open by name. With such managers it does not, for nobody knows what they need: Options.Confine "always" says that they make do with what they
+// have opened by the time the pager serves, and with the files that objects are made with. docs/security.md
 func Main(managers ...Manager) {
 	frames.MountMain()
 	mainCalled.Store(true)
+	ownManagers = len(managers)
 	role := os.Args[0]
 	if role != roleGuardian && role != rolePager {
 		return
@@ -112,7 +121,8 @@ func serveRole(h hello, managers []Manager, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	return guardian.Run(guardian.Options{Command: pagerCommand, Hello: b, Client: link, Restarts: restarts(h.Config), Log: log})
+	return guardian.Run(guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Client: link,
+		Restarts: restarts(h.Config), Ready: func(int) { lessen(h.Config, log) }, Log: log})
 }
 
 // pagerCommand is the command of a pager that is this program.
@@ -132,6 +142,17 @@ func restarts(c daemon.Config) int {
 		return defaultRestarts
 	}
 	return max(c.Restarts, 0)
+}
+
+// lessen takes from this process, a guardian whose pager serves, the capabilities that neither it nor a pager that it starts again needs: all but those for the size of the frames' tmpfs,
+// and for a userfaultfd.
+func lessen(c daemon.Config, log *slog.Logger) {
+	if !c.Confines(ownManagers) {
+		return
+	}
+	if err := confine.Capabilities(confine.SysAdmin, confine.SysPtrace); err != nil {
+		log.Warn("the guardian keeps its capabilities", "why", err)
+	}
 }
 
 // readHello takes the greeting from fd 3. false: there is none, and nothing was taken.

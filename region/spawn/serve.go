@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"machpager/internal/daemon"
+	"machpager/internal/frames"
 	"machpager/internal/guardian"
 )
 
@@ -35,7 +36,8 @@ type ServeOptions struct {
 // Serve runs a pager for everybody who may open its socket, with this process as the guardian. On SIGTERM or SIGINT (or when ctx ends) it takes no more
 // tasks, waits for those that are there to leave, ends the pager and what still waits for it, and returns nil; a second signal ends the waiting, a third
 // the guardian. On SIGHUP, and when an operator asks for it (region.Pager.Upgrade), the pager is replaced by one of the program that this program's
-// file contains by then. Main must have been called.
+// file contains by then. Main must have been called. When the pager serves, this process gives up the
+// capabilities that it does not need any more, unless o.Confine is "never".
 func Serve(ctx context.Context, o ServeOptions) error {
 	if !mainCalled.Load() {
 		return fmt.Errorf("serve: %w", ErrNoMain)
@@ -63,7 +65,17 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	defer signal.Stop(hangup)
 	stop := context.AfterFunc(ctx, func() { signals <- unix.SIGTERM })
 	defer stop()
-	g := guardian.Options{Command: pagerCommand, Hello: b, Restarts: restarts(o.Config), Stop: signals, Grace: o.Grace, Ready: o.Ready, Log: o.Log}
+	log := o.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	ready := func(pid int) {
+		lessen(o.Config, log)
+		if o.Ready != nil {
+			o.Ready(pid)
+		}
+	}
+	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Stop: signals, Grace: o.Grace, Ready: ready, Log: o.Log}
 	if g.Restarts > 0 {
 		path, err := os.Executable()
 		if err != nil {
