@@ -47,7 +47,7 @@ type AllocateOptions struct {
 type Object struct {
 	pager    *Pager       // immutable
 	handle   uint64       // immutable
-	port     emm.Port     // immutable
+	port     *emm.Port    // immutable; by pointer, so that a %v of the Object does not tell it
 	size     atomic.Int64 // bytes
 	pageSize int          // immutable
 
@@ -158,7 +158,7 @@ func (p *Pager) adopt(what string, m *ipc.Message) (*Object, error) {
 	if err != nil {
 		return nil, p.failed(what, err)
 	}
-	o := &Object{pager: p, handle: r.Handle, port: r.Port, pageSize: int(r.PageSize), closed: make(chan struct{})}
+	o := &Object{pager: p, handle: r.Handle, port: (*emm.Port)(&r.Port), pageSize: int(r.PageSize), closed: make(chan struct{})}
 	o.size.Store(r.Size)
 	p.mu.Lock()
 	p.objects[o] = struct{}{}
@@ -185,7 +185,7 @@ func (p *Pager) undo(t ipc.Type, body any) error {
 }
 
 // Port is the object's port: whoever presents it has full access, so do not log it. Null for a private object.
-func (o *Object) Port() emm.Port { return o.port }
+func (o *Object) Port() emm.Port { return *o.port }
 
 // Size is the object's size in bytes.
 func (o *Object) Size() int64 { return o.size.Load() }

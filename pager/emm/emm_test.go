@@ -1,8 +1,11 @@
 package emm
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"testing"
 )
 
@@ -51,5 +54,38 @@ func TestKernReturn(t *testing.T) {
 func TestRunEnd(t *testing.T) {
 	if (Run{Off: 8192, Size: 4096}).End() != 12288 {
 		t.Error("Run.End")
+	}
+}
+
+// TestPortNotShown: only who asks for the digits gets them.
+func TestPortNotShown(t *testing.T) {
+	p := NewPort()
+	text := p.String()
+	if got := fmt.Sprintf("%s %x %q", p, p, p); got != text+" "+text+` "`+text+`"` {
+		t.Errorf("asked for: %s", got)
+	}
+	var b bytes.Buffer
+	inside := struct {
+		Head
+		P    Port
+		List []Port
+		Map  map[Port]*Port
+	}{Head{Object: p}, p, []Port{p}, map[Port]*Port{p: &p}}
+	fmt.Fprintf(&b, "%v %+v %#v %v %d ", p, p, p, &p, p)
+	fmt.Fprintf(&b, "%v %+v %#v ", inside, inside, inside)
+	fmt.Fprintln(&b, p, inside)
+	for _, h := range []slog.Handler{slog.NewTextHandler(&b, nil), slog.NewJSONHandler(&b, nil)} {
+		slog.New(h).Info("of a port", "port", p, "pointer", &p)
+		slog.New(h).With("port", p).WithGroup("g").Info("again", slog.Group("in", "port", p))
+	}
+	slog.New(slog.NewTextHandler(&b, nil)).Info("struct", "s", inside)
+	numbers := strings.Trim(fmt.Sprint(p[:]), "[]") // as bytes
+	for _, secret := range []string{text, strings.ToUpper(text), numbers, strings.ReplaceAll(numbers, " ", ", "), strings.ReplaceAll(numbers, " ", ",")} {
+		if strings.Contains(b.String(), secret) {
+			t.Errorf("%q is in %s", secret, &b)
+		}
+	}
+	if n := strings.Count(b.String(), redacted); n < 10 {
+		t.Errorf("that there are ports is said %d times: %s", n, &b)
 	}
 }

@@ -5,10 +5,12 @@ import (
 	"crypto/subtle"
 	"encoding/hex"
 	"fmt"
+	"io"
+	"log/slog"
 )
 
-// Port names a memory object: a capability of 128 random bits. Whoever presents it has full access to the object, so it is not to be
-// logged. The zero Port names nothing (Mach: MACH_PORT_NULL).
+// Port names a memory object: a capability of 128 random bits. Whoever presents it has the access that goes with it, so it is not to be
+// logged: fmt's %v and slog do not show it. The zero Port names nothing (Mach: MACH_PORT_NULL).
 type Port [16]byte
 
 // NewPort makes a port nobody can guess.
@@ -29,8 +31,28 @@ func ParsePort(s string) (Port, error) {
 	return p, nil
 }
 
-// String is the port as 32 hexadecimal digits: the capability itself.
+// String is the port as 32 hexadecimal digits: the capability itself, to be handed to who is to have it.
 func (p Port) String() string { return hex.EncodeToString(p[:]) }
+
+// redacted is what there is to see of a port where nobody asked for the capability itself.
+const redacted = "port(not shown)"
+
+// Format writes the digits for %s, %q and %x alone. %v, and so Print and every struct that has a port in it, says that there is a port and not which.
+func (p Port) Format(f fmt.State, verb rune) {
+	switch {
+	case verb == 's' || verb == 'q':
+		fmt.Fprintf(f, fmt.FormatString(f, verb), p.String())
+	case verb == 'x' || verb == 'X':
+		fmt.Fprintf(f, fmt.FormatString(f, verb), p[:])
+	case p.IsNull():
+		io.WriteString(f, "port(null)")
+	default:
+		io.WriteString(f, redacted)
+	}
+}
+
+// LogValue keeps the capability out of logs.
+func (p Port) LogValue() slog.Value { return slog.StringValue(fmt.Sprintf("%v", p)) }
 
 // IsNull reports whether p names nothing.
 func (p Port) IsNull() bool { return p == Port{} }
