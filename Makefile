@@ -20,6 +20,9 @@ export CGO_ENABLED = 0
 # The race detector sees races of the pager's own memory. It cannot see those in region memory, which is not Go's.
 RACE := $(shell command -v gcc >/dev/null && echo -race)
 
+# A process under the race detector sleeps for a second before it ends, unless told otherwise; the tests start thousands, which wait for each other.
+export GORACE := $(GORACE) atexit_sleep_ms=0
+
 # The packages whose tests need real faults in several processes: run once more on one P, where a handler that needed the faulting
 # process's help would stand still at once.
 INTEGRATION = ./region/... ./internal/e2e/...

@@ -18,7 +18,7 @@ import (
 
 // TestPaging runs every work of every system with a pager once.
 func TestPaging(t *testing.T) {
-	o := &PagingOptions{Systems: []string{PagedMemory, PagedCompressed, PagedTiered, PagedFile, PagedFileGroup}, Budget: 4 << 20, Times: []int{1, 3}, Rounds: 1}
+	o := &PagingOptions{Systems: []string{PagedMemory, PagedCompressed, PagedTiered, PagedFile, PagedFileGroup}, Budget: 2 << 20, Times: []int{1, 3}, Rounds: 1}
 	testPaging(t, o)
 }
 

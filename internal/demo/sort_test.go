@@ -41,10 +41,10 @@ func sortContext(t *testing.T) context.Context {
 
 func TestSort(t *testing.T) {
 	for _, o := range []SortOptions{
-		{Size: 12 << 20, Resident: 2 << 20},
-		{Size: 2 << 20, Resident: 128 << 10, Record: 24, Key: 2, Workers: 1}, // several passes, many equal keys
+		{Size: 8 << 20, Resident: 1 << 20},
+		{Size: 1 << 20, Resident: 64 << 10, Record: 24, Key: 2, Workers: 1}, // several passes, many equal keys
 		{Size: 4 << 20, Resident: 1 << 20, Record: 5000, Key: 5000, Workers: 5},
-		{Size: 8 << 20, Resident: 1 << 20, Lines: true, Workers: 3},
+		{Size: 3 << 20, Resident: 512 << 10, Lines: true, Workers: 3},
 		{Size: 1000, Resident: 1 << 20},
 	} {
 		t.Run(fmt.Sprintf("size=%d,resident=%d,record=%d,lines=%v,workers=%d", o.Size, o.Resident, o.Record, o.Lines, o.Workers), func(t *testing.T) {

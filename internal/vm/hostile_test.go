@@ -15,7 +15,7 @@ import (
 func TestMemfdFrames(t *testing.T) {
 	frameKind = frames.Memfd
 	defer func() { frameKind = 0 }()
-	t.Run("fault", TestFaultPageOutFault)
+	t.Run("fault", func(t *testing.T) { faultPageOutFault(t, false) })
 	t.Run("error", TestErrorHealsAndAsksAgain)
 }
 

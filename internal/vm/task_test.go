@@ -45,7 +45,7 @@ type order struct {
 	Op       string // map, read, write, stress, remap, unmap, drop, punch
 	ID       int    // which mapping
 	Off, N   int64
-	Data     []byte
+	Data     []byte `json:"-"` // of write; it goes behind the rest as it is: see pack
 	ReadOnly bool
 	Seconds  float64
 	Seed     uint64
@@ -56,11 +56,25 @@ type order struct {
 
 type result struct {
 	Addr  uint64
-	Data  []byte
-	Fault bool // the touch ended in SIGBUS
+	Data  []byte `json:"-"`
+	Fault bool   // the touch ended in SIGBUS
 	Err   string
 	Wrong int64
 	Ops   int64
+}
+
+// pack is an order or a result as one message: JSON, a line feed, contents. (Contents as JSON would take the race detector most of the test's time.)
+func pack(v any, data []byte) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(err)
+	}
+	return append(append(b, '\n'), data...)
+}
+
+func unpack(b []byte, v any) (data []byte, err error) {
+	head, data, _ := bytes.Cut(b, []byte{'\n'})
+	return data, json.Unmarshal(head, v)
 }
 
 // task is the test's end of a task process.
@@ -69,7 +83,8 @@ type task struct {
 	cmd  *exec.Cmd
 	conn *net.UnixConn
 	*Task
-	mu sync.Mutex
+	mu  sync.Mutex
+	buf []byte // guarded by mu: of one result
 }
 
 func startTask(t testing.TB, v *VM) *task {
@@ -103,8 +118,8 @@ func spawnTask(t testing.TB) (*task, int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	x := &task{t: t, cmd: cmd, conn: c.(*net.UnixConn)}
-	_, fd := recvFd(x.conn)
+	x := &task{t: t, cmd: cmd, conn: c.(*net.UnixConn), buf: make([]byte, 1<<17)}
+	_, fd := recvFd(x.conn, x.buf)
 	if fd < 0 {
 		t.Fatal("task: no userfaultfd (run as root)")
 	}
@@ -130,17 +145,15 @@ func (x *task) do(o order, f *os.File) result {
 	x.t.Helper()
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	b, _ := json.Marshal(o)
 	var oob []byte
 	if f != nil {
 		oob = unix.UnixRights(int(f.Fd()))
 	}
-	if _, _, err := x.conn.WriteMsgUnix(b, oob, nil); err != nil {
+	if _, _, err := x.conn.WriteMsgUnix(pack(o, o.Data), oob, nil); err != nil {
 		x.t.Fatalf("task: %v", err)
 	}
 	x.conn.SetReadDeadline(time.Now().Add(time.Duration(o.Seconds*float64(time.Second)) + 20*time.Second))
-	buf := make([]byte, 1<<17)
-	n, err := x.conn.Read(buf)
+	n, err := x.conn.Read(x.buf)
 	if err != nil {
 		x.cmd.Process.Signal(syscall.SIGQUIT)
 		time.Sleep(500 * time.Millisecond)
@@ -148,9 +161,11 @@ func (x *task) do(o order, f *os.File) result {
 		panic("task hangs")
 	}
 	var r result
-	if err := json.Unmarshal(buf[:n], &r); err != nil {
+	data, err := unpack(x.buf[:n], &r)
+	if err != nil {
 		x.t.Fatal(err)
 	}
+	r.Data = bytes.Clone(data)
 	if r.Err != "" {
 		x.t.Fatalf("task: %s: %s", o.Op, r.Err)
 	}
@@ -186,8 +201,9 @@ func (x *task) write(id int, off int64, b []byte) bool {
 	return !x.do(order{Op: "write", ID: id, Off: off, Data: b}, nil).Fault
 }
 
-func recvFd(c *net.UnixConn) ([]byte, int) {
-	b, oob := make([]byte, 1<<17), make([]byte, 64)
+// recvFd receives a message into b, and the file that came with it, -1 if none.
+func recvFd(c *net.UnixConn, b []byte) ([]byte, int) {
+	oob := make([]byte, 64)
 	n, on, _, _, err := c.ReadMsgUnix(b, oob)
 	if err != nil {
 		return nil, -1
@@ -215,21 +231,21 @@ func taskMain() {
 		os.Exit(1)
 	}
 	conn.WriteMsgUnix([]byte("uffd"), unix.UnixRights(u.Fd()), nil)
-	mem := map[int][]byte{}
+	mem, buf := map[int][]byte{}, make([]byte, 1<<17)
 	for {
-		b, fd := recvFd(conn)
+		b, fd := recvFd(conn, buf)
 		if b == nil {
 			os.Exit(0)
 		}
 		var o order
 		var r result
-		if err := json.Unmarshal(b, &o); err != nil {
+		var err error
+		if o.Data, err = unpack(b, &o); err != nil {
 			r.Err = err.Error()
 		} else if err := obey(u, mem, o, fd, &r); err != nil {
 			r.Err = err.Error()
 		}
-		out, _ := json.Marshal(r)
-		conn.Write(out)
+		conn.Write(pack(r, r.Data))
 	}
 }
 
@@ -286,7 +302,8 @@ func obey(u *uffd.FD, mem map[int][]byte, o order, fd int, r *result) error {
 		end := time.Now().Add(time.Duration(o.Seconds * float64(time.Second)))
 		for v := uint64(1); time.Now().Before(end); v++ {
 			for p := range o.N / 4096 {
-				binary.LittleEndian.PutUint64(m[p*4096+o.Off:], v)
+				// In one piece: under the race detector PutUint64 is eight stores.
+				atomic.StoreUint64((*uint64)(unsafe.Pointer(&m[p*4096+o.Off])), v)
 			}
 			r.Ops++
 		}

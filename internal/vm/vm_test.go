@@ -141,10 +141,13 @@ func fillBytes(n int, seed byte) []byte {
 	return b
 }
 
-func TestFaultPageOutFault(t *testing.T) {
+func TestFaultPageOutFault(t *testing.T) { faultPageOutFault(t, false, true) }
+
+// faultPageOutFault is for objects of a manager, and for internal ones.
+func faultPageOutFault(t *testing.T, kinds ...bool) {
 	for _, ps := range []int{4096, 65536, 2 << 20} {
 		for _, cluster := range []int64{0, 65536, 2 << 20} {
-			for _, internal := range []bool{false, true} {
+			for _, internal := range kinds {
 				t.Run(fmt.Sprintf("page=%d,cluster=%d,internal=%v", ps, cluster, internal), func(t *testing.T) {
 					v := newVM(t, 64<<20)
 					s := &shelf{}

@@ -10,9 +10,9 @@
 // program a second time, as the guardian, which executes it a third time, as the pager. Both are known by their argv[0] and by a socket on fd 3 that
 // holds a greeting, never by an environment variable: a program that is merely called so runs as it always does.
 //
-// The children have a session of their own, ignore SIGINT, SIGTERM and SIGHUP, and do not get GO* variables. They end when this program ends, or
-// calls [region.Pager.Close]: the end of their socket is the sign. The death of a thread of this program, or of the goroutine that called Start,
-// is none.
+// The children have a process group of their own, ignore SIGINT, SIGTERM and SIGHUP, and do not get GO* variables (but GORACE, which only the race
+// detector reads). They end when this program ends, or calls [region.Pager.Close]: the end of their socket is the sign. The death of a thread of this
+// program, or of the goroutine that called Start, is none.
 package spawn
 
 import (
@@ -172,7 +172,7 @@ func greetedPair(h hello) (*net.UnixConn, *os.File, error) {
 	return c.(*net.UnixConn), theirs, nil
 }
 
-// childCommand is a command for one of the roles: no GO* variables, a process group of its own, no directory held.
+// childCommand is a command for one of the roles: no GO* variables but the race detector's, a process group of its own, no directory held.
 //
 // The group keeps Ctrl-C and what a shell sends to the program's group away; the role ignores the signals besides. A session would do the same, but the kernel's
 // automatic task groups (sched(7), autogroup) schedule each session as one, which costs every switch between the faulting thread and the pager 0.5 to 1 us.
@@ -182,7 +182,7 @@ func childCommand(path, role string) *exec.Cmd {
 	cmd.Dir = "/"
 	cmd.Env = make([]string, 0, len(os.Environ()))
 	for _, v := range os.Environ() {
-		if !strings.HasPrefix(v, "GO") {
+		if !strings.HasPrefix(v, "GO") || strings.HasPrefix(v, "GORACE=") {
 			cmd.Env = append(cmd.Env, v)
 		}
 	}
