@@ -4,12 +4,18 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
+	"unsafe"
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Sum is the CRC-32C of one slot's contents.
-func Sum(slot []byte) uint32 { return crc32.Update(0, castagnoli, slot) }
+func Sum(slot []byte) uint32 {
+	if wide && len(slot) == SlotSize {
+		return sumWide(unsafe.SliceData(slot))
+	}
+	return crc32.Update(0, castagnoli, slot)
+}
 
 // PutSums writes the checksums of data's slots to sums, four bytes for each.
 func PutSums(sums, data []byte) {
