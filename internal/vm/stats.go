@@ -26,16 +26,18 @@ type mappingCounters struct {
 
 // Stats of a vm. Counts are since its start.
 type Stats struct {
-	Objects, Tasks, Mappings int
-	Deferred                 int64 // faults that found no frame or too many requests outstanding
-	NoMemory                 int64 // fills that the kernel refused for want of memory, though frames were reserved
-	Foreign                  int64 // frames found in a file that nobody of ours put there
-	Extents                  int64 // whole extents filled as one folio
-	Unasked                  int64 // pages answered that nobody had asked for
-	ThrownAway               int64 // dirty pages that a task took out of its file
-	NotStored                int64 // pages that a manager did not store
-	Strangers                int64 // faults at addresses that no mapping has
-	Bugs                     int64 // broken invariants
+	Objects    int   `json:"objects"`
+	Tasks      int   `json:"tasks"`
+	Mappings   int   `json:"mappings"`
+	Deferred   int64 `json:"deferred"`    // faults that found no frame or too many requests outstanding
+	NoMemory   int64 `json:"no_memory"`   // fills that the kernel refused for want of memory, though frames were reserved
+	Foreign    int64 `json:"foreign"`     // frames found in a file that nobody of ours put there
+	Extents    int64 `json:"extents"`     // whole extents filled as one folio
+	Unasked    int64 `json:"unasked"`     // pages answered that nobody had asked for
+	ThrownAway int64 `json:"thrown_away"` // dirty pages that a task took out of its file
+	NotStored  int64 `json:"not_stored"`  // pages that a manager did not store
+	Strangers  int64 `json:"strangers"`   // faults at addresses that no mapping has
+	Bugs       int64 `json:"bugs"`        // broken invariants
 }
 
 // Stats counts.
@@ -102,17 +104,18 @@ func (o *Object) count(a, b int64) (resident, dirty, errors int64) {
 
 // MappingStats of one mapping. Faults are counted once each, by what answered them.
 type MappingStats struct {
-	ZeroFilled   int64         // absent, never written
-	Stored       int64         // absent, supplied by the manager
-	Minor        int64         // resident, mapped already elsewhere
-	WriteProtect int64         // first write to a clean page
-	Errors       int64         // answered with an error
-	Dropped      int64         // messages left to who owned the page: the thread faulted again
-	PagesIn      int64         // pages filled through this mapping, also those nobody waited for
-	P50, P99     time.Duration // from reading the message to waking the thread
-	Max          time.Duration
-	Resident     int64 // pages of the mapped range
-	Dirty        int64
+	ZeroFilled   int64         `json:"zero_filled"`   // absent, never written
+	Stored       int64         `json:"stored"`        // absent, supplied by the manager
+	Minor        int64         `json:"minor"`         // resident, mapped already elsewhere
+	WriteProtect int64         `json:"write_protect"` // first write to a clean page
+	Errors       int64         `json:"errors"`        // answered with an error
+	Dropped      int64         `json:"dropped"`       // messages left to who owned the page: the thread faulted again
+	PagesIn      int64         `json:"pages_in"`      // pages filled through this mapping, also those nobody waited for
+	P50          time.Duration `json:"p50_ns"`        // from reading the message to waking the thread
+	P99          time.Duration `json:"p99_ns"`        // from reading the message to waking the thread
+	Max          time.Duration `json:"max_ns"`
+	Resident     int64         `json:"resident"` // pages of the mapped range
+	Dirty        int64         `json:"dirty"`
 }
 
 // Stats counts.

@@ -12,12 +12,14 @@ const (
 func (v *VM) watchRequests() {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
+	slow := slowWaits{}
 	for {
 		select {
 		case <-v.ctx.Done():
 			return
 		case <-tick.C:
 		}
+		v.watchSlow(v.log, slow, time.Now())
 		v.counters.scrubbed.Add(v.frames.Reap() / frameSize)
 		for _, o := range v.allObjects() {
 			o.watch()
