@@ -21,7 +21,7 @@
 //
 // The guardian starts the new program beside the pager, and asks whether it can take over state of the kind that the pager says it has (ItemState). Only
 // then it kills the pager: what follows is the same as after any other death. If that dies, another of the new
-// program follows. The guardian itself stays the program it is.
+// program follows, or of the old one if the new one has never served. The guardian itself stays the program it is.
 //
 // # The end of a task
 //
@@ -65,8 +65,10 @@ type Options struct {
 	Client *os.File
 	// Restarts is how many deaths in a row, each within Settled of its start, are answered with a new pager. 0: none, the first death is the end.
 	Restarts int
-	// Settled is how long a pager must have lived for its death to be the first in a row again; 0: 10 s.
+	// Settled is how long a pager that served must have lived for its death to be the first in a row again; 0: 10 s.
 	Settled time.Duration
+	// TakeOver is how long a pager may take to serve when it follows another one; 0: 60 s. One that takes longer is ended, and counts as dead.
+	TakeOver time.Duration
 	// Stop ends the pager in order: from the first value on it takes no tasks, and those it has may leave until Grace is over. The second value is the
 	// end of the grace, the third the end of the guardian. nil: never.
 	Stop <-chan os.Signal
@@ -91,6 +93,9 @@ func Run(o Options) error {
 	}
 	if o.Settled == 0 {
 		o.Settled = 10 * time.Second
+	}
+	if o.TakeOver == 0 {
+		o.TakeOver = time.Minute
 	}
 	s := &supervisor{Options: o, table: newTable(o.Log), upgrade: make(chan upgrade)}
 	s.table.mount.set = o.SetMountSize

@@ -117,6 +117,18 @@ func (s *setup) end(limit time.Duration) error {
 	}
 }
 
+// serving waits for the next pager that serves, and returns its pid.
+func (s *setup) serving() int {
+	s.t.Helper()
+	select {
+	case pid := <-s.ready:
+		return pid
+	case <-time.After(patience):
+		s.t.Fatalf("no pager serves in %v", patience)
+		return 0
+	}
+}
+
 // pid of a task, to be killed at the latest when the test ends.
 func (s *setup) task() int {
 	s.t.Helper()
@@ -131,12 +143,7 @@ func (s *setup) task() int {
 // kill ends the pager as a crash would.
 func (s *setup) kill() {
 	s.t.Helper()
-	select {
-	case pid := <-s.ready:
-		syscall.Kill(pid, syscall.SIGKILL)
-	case <-time.After(patience):
-		s.t.Fatal("the pager is not ready")
-	}
+	syscall.Kill(s.serving(), syscall.SIGKILL)
 }
 
 func (s *setup) report() report {

@@ -16,6 +16,7 @@ import (
 
 	"machpager/internal/guardian"
 	"machpager/internal/ipc"
+	"machpager/pager/emm"
 	"machpager/uffd"
 )
 
@@ -25,6 +26,13 @@ var lives = map[string]func(ctx context.Context, c *guardian.Client, left []guar
 	"heir":   heir,
 	"other":  heir,
 	"quick":  quick,
+	"broken": func(context.Context, *guardian.Client, []guardian.Item, []string, <-chan struct{}) error {
+		os.Exit(7)
+		return nil
+	},
+	"stuck":  func(context.Context, *guardian.Client, []guardian.Item, []string, <-chan struct{}) error { select {} },
+	"greedy": greedy,
+	"owned":  owned,
 }
 
 // accepts is the state of version 1, for programs that are not the other one.
@@ -130,6 +138,62 @@ func quick(ctx context.Context, c *guardian.Client, left []guardian.Item, args [
 	fmt.Sscan(args[0], &status)
 	os.Exit(status)
 	return nil
+}
+
+// greedy has more file descriptors held than the guardian has room for, and then no more than that.
+func greedy(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []string, stop <-chan struct{}) error {
+	fmt.Println("left", len(left))
+	if len(left) > 0 {
+		guardian.CloseItems(left)
+		if err := c.Ready(ctx); err != nil {
+			return err
+		}
+		<-stop
+		return c.Close()
+	}
+	null, err := os.Open("/dev/null")
+	if err != nil {
+		return err
+	}
+	put := func(id uint64) error {
+		return c.Put(ctx, guardian.Item{Kind: ipc.ItemObject, ID: id, FD: int(null.Fd())})
+	}
+	n := uint64(0)
+	for err = put(n); err == nil; err = put(n) {
+		n++
+	}
+	fmt.Println("refused", n, errors.Is(err, emm.ResourceShortage), err)
+	err = errors.Join(put(0), c.Put(ctx, guardian.Item{Kind: ipc.ItemObject, ID: n}), c.Drop(ctx, ipc.ItemObject, 1), put(n), c.Drop(ctx, ipc.ItemObject, 1))
+	if err != nil || put(n+1) == nil {
+		return fmt.Errorf("when it is full: %w", err)
+	}
+	if err := c.Ready(ctx); err != nil {
+		return err
+	}
+	select {}
+}
+
+// owned belongs to the client of the guardian: it answers it, and ends with it.
+func owned(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []string, _ <-chan struct{}) error {
+	if len(left) == 0 {
+		if err := c.Put(ctx, guardian.Item{Kind: ipc.ItemSetting, ID: 1}); err != nil {
+			return err
+		}
+	}
+	if err := c.Ready(ctx); err != nil {
+		return err
+	}
+	var b [16]byte
+	for {
+		n, err := unix.Read(4, b[:])
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return c.Close()
+		}
+		unix.Write(4, b[:n])
+	}
 }
 
 const (

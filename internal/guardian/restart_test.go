@@ -47,11 +47,7 @@ func TestHeirs(t *testing.T) {
 		s.kill()
 		time.Sleep(time.Duration(rand.IntN(5)) * time.Millisecond)
 	}
-	select {
-	case <-s.ready: // the last one lives
-	case <-time.After(patience):
-		t.Fatal("no pager follows")
-	}
+	s.serving() // the last one lives
 	time.Sleep(100 * time.Millisecond)
 	s.stop <- unix.SIGTERM
 	var touches int
@@ -156,15 +152,11 @@ func TestUpgrade(t *testing.T) {
 			}
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
-		select {
-		case next := <-s.ready:
-			if next == pid {
-				t.Error("the same pager is ready again")
-			}
-			pid = next
-		case <-time.After(patience):
-			t.Fatal("no other pager")
+		next := s.serving()
+		if next == pid {
+			t.Error("the same pager is ready again")
 		}
+		pid = next
 	}
 	s.stop <- unix.SIGTERM
 	if n := s.line("touches"); n == "0" {
@@ -175,5 +167,105 @@ func TestUpgrade(t *testing.T) {
 	}
 	for range s.lines {
 	}
+	noMore(t, before)
+}
+
+// TestUpgradeFails: a new program that says it can take over, and then dies or never serves, is followed by the old one.
+func TestUpgradeFails(t *testing.T) {
+	for _, program := range []string{"broken", "stuck"} {
+		t.Run(program, func(t *testing.T) {
+			before := fds(t)
+			var s *setup
+			hangup := make(chan os.Signal, 1)
+			s = run(t, guardian.Options{Hangup: hangup, Restarts: 3, TakeOver: 3 * time.Second, Upgrade: func() (func() *exec.Cmd, error) {
+				return func() *exec.Cmd {
+					cmd := exec.Command("/proc/self/exe")
+					cmd.Args = []string{pagerRole, program}
+					cmd.Stdout, cmd.Stderr = s.out, os.Stderr
+					return cmd
+				}, nil
+			}}, "heir")
+			s.task()
+			pid := s.serving()
+			hangup <- unix.SIGHUP
+			next := s.serving()
+			if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", next)); next == pid || !strings.Contains(string(b), "heir") {
+				t.Errorf("process %d is %q, after %d; want another of the old program", next, b, pid)
+			}
+			s.stop <- unix.SIGTERM
+			if n := s.line("touches"); n == "0" {
+				t.Error("the task did not touch anything")
+			}
+			if err := s.end(patience); err != nil {
+				t.Error(err)
+			}
+			for range s.lines {
+			}
+			noMore(t, before)
+		})
+	}
+}
+
+// TestFull: the guardian holds no more file descriptors than leave room for its own work.
+func TestFull(t *testing.T) {
+	before := fds(t)
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	limit := was
+	limit.Cur = 512
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &was)
+	s := run(t, guardian.Options{Restarts: 1}, "greedy")
+	var held int
+	var refused bool
+	said := s.line("refused")
+	fmt.Sscan(said, &held, &refused)
+	if want := 512 - 512/8; held != want || !refused {
+		t.Errorf("%q, want %d held and KERN_RESOURCE_SHORTAGE", said, want)
+	}
+	s.kill()
+	s.serving()
+	if got := s.line("left"); got != fmt.Sprint(held) {
+		t.Errorf("%s items are left, want %d", got, held)
+	}
+	s.stop <- unix.SIGTERM
+	if err := s.end(patience); err != nil {
+		t.Error(err)
+	}
+	for range s.lines {
+	}
+	noMore(t, before)
+}
+
+// TestClientGoes: the pager of a program serves it through its deaths, and the end of the program is the end of the guardian, also while there is no pager.
+func TestClientGoes(t *testing.T) {
+	before := fds(t)
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := os.NewFile(uintptr(pair[1]), "client")
+	defer client.Close()
+	s := run(t, guardian.Options{Client: client, Restarts: 5, Settled: time.Nanosecond}, "owned")
+	var b [16]byte
+	for range 5 {
+		pid := s.serving()
+		unix.Write(pair[0], []byte("ping"))
+		if n, err := unix.Read(pair[0], b[:]); err != nil || string(b[:n]) != "ping" {
+			t.Fatalf("the pager answers %q, %v", b[:n], err)
+		}
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	unix.Close(pair[0])
+	if err := s.end(patience); err != nil {
+		t.Error(err)
+	}
+	for range s.lines {
+	}
+	client.Close()
 	noMore(t, before)
 }

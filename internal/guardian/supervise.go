@@ -19,11 +19,13 @@ type supervisor struct {
 	table *table
 
 	served  bool             // a pager has been ready
+	ready   bool             // the one of this life has
 	stops   int              // values of Stop
 	grace   <-chan time.Time // ends the grace; nil: not stopping
 	killed  bool             // the end of the grace, or the second Stop: no other pager follows
 	upgrade chan upgrade     // asks for an upgrade
 	next    *life            // stands by to follow the pager there is; nil: none
+	old     func() *exec.Cmd // makes pagers of the program before the upgrade, until the new one has served; nil: no upgrade is that young
 }
 
 // run returns when no other pager is to follow, with what the last one ended with.
@@ -41,11 +43,14 @@ func (s *supervisor) run() error {
 			continue
 		case !s.served || s.Restarts <= 0:
 			return err
+		case s.old != nil:
+			s.Log.Error("the new program has died before it served: going back to the old one", "err", err)
+			s.Command, s.old = s.old, nil
 		case errors.As(err, &exit) && exit.ExitCode() == ExitState:
 			s.Log.Error("the new pager cannot take over what the old one left: its tasks end", "err", err)
 			return err
 		}
-		if time.Since(began) >= s.Settled {
+		if s.ready && time.Since(began) >= s.Settled {
 			deaths = 0
 		}
 		if deaths++; deaths > s.Restarts {
@@ -100,8 +105,12 @@ func (s *supervisor) once() error {
 		}
 	}
 	if l.command != nil {
+		if s.old == nil {
+			s.old = s.Command
+		}
 		s.Command = l.command
 	}
+	s.ready = false
 	given := make(chan error, 1)
 	go func() { given <- s.table.give(l.link) }()
 	err := s.watch(l, given)
@@ -121,7 +130,13 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 		prepared chan prepared // the pager that is to follow this one
 		asked    upgrade
 		hangup   = s.Hangup
+		late     <-chan time.Time // a pager that takes over must come to it
 	)
+	if s.served {
+		t := time.NewTimer(s.TakeOver)
+		defer t.Stop()
+		late = t.C
+	}
 	defer func() {
 		if given != nil {
 			l.link.Hangup()
@@ -145,8 +160,11 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 				s.Log.Error("a pager does not take what is held for it: ending it", "pid", pid, "err", err)
 				l.cmd.Process.Kill()
 			}
+		case <-late:
+			s.Log.Error("a pager that was started on what another one left does not serve: ending it", "pid", pid, "after", s.TakeOver)
+			l.cmd.Process.Kill()
 		case <-l.ready:
-			s.served = true
+			s.served, s.ready, s.old, late = true, true, nil, nil
 			if s.Ready != nil {
 				s.Ready(pid)
 			}

@@ -36,19 +36,34 @@ type table struct {
 	log   *slog.Logger
 	eager *allowance // immutable
 	mount mount
+	most  int // immutable; file descriptors that may be held
 
 	mu      sync.Mutex
 	order   uint64                         // guarded by mu; of the last item
 	items   map[key]*item                  // guarded by mu
 	ranges  map[uint64]map[uint64]struct{} // guarded by mu; of each session
+	held    int                            // guarded by mu; file descriptors of items
 	giving  bool                           // guarded by mu: the items are being given to a new pager, and stay as they are
 	ending  map[uint64]*ending             // guarded by mu; tasks nobody else answers for any more
 	changed chan struct{}                  // guarded by mu; closed and replaced when an ending is over or has poisoned all
 }
 
 func newTable(log *slog.Logger) *table {
-	return &table{log: log, eager: newAllowance(eagerMax), items: map[key]*item{}, ranges: map[uint64]map[uint64]struct{}{}, ending: map[uint64]*ending{},
+	return &table{log: log, eager: newAllowance(eagerMax), most: mostFDs(), items: map[key]*item{}, ranges: map[uint64]map[uint64]struct{}{}, ending: map[uint64]*ending{},
 		changed: make(chan struct{})}
+}
+
+// spareFDs are never held, so that there is always one for what comes in, and for another pager.
+const spareFDs = 256
+
+// mostFDs is how many may be held under this process's RLIMIT_NOFILE.
+func mostFDs() int {
+	files := 1024
+	var r unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &r) == nil {
+		files = int(min(r.Cur, 1<<30))
+	}
+	return files - min(files/8, spareFDs)
 }
 
 // put notes one item. Only fds that are kept are taken from m.
@@ -82,6 +97,9 @@ func (t *table) put(p ipc.Put, tail []byte, m *ipc.Message) error {
 	if t.giving {
 		return errGiving
 	}
+	if old := t.items[key{p.Kind, p.ID}]; m.NumFDs() == 1 && (old == nil || old.fd < 0) && t.held+len(t.ending) >= t.most {
+		return fmt.Errorf("guardian: hold item of kind %d: it holds %d file descriptors (raise its RLIMIT_NOFILE): %w", p.Kind, t.most, emm.ResourceShortage)
+	}
 	switch p.Kind {
 	case ipc.ItemEnd:
 		t.end(p.ID)
@@ -105,21 +123,25 @@ func (t *table) put(p ipc.Put, tail []byte, m *ipc.Message) error {
 	k := key{p.Kind, p.ID}
 	if old := t.items[k]; old != nil {
 		i.order = old.order
-		old.close()
+		t.closeFD(old)
 	} else {
 		t.order++
 		i.order = t.order
 	}
-	t.items[k] = i
+	if t.items[k] = i; i.fd >= 0 {
+		t.held++
+	}
 	return nil
 }
 
 // errGiving refuses a pager that does not wait until it has been given all.
 var errGiving = fmt.Errorf("guardian: the items are being given, wait for the last: %w", emm.Failure)
 
-func (i *item) close() {
+// closeFD closes what an item that is no more held. With mu held.
+func (t *table) closeFD(i *item) {
 	if i.fd >= 0 {
 		unix.Close(i.fd)
+		t.held--
 	}
 }
 
@@ -144,7 +166,7 @@ func (t *table) remove(k key) {
 		return
 	}
 	delete(t.items, k)
-	i.close()
+	t.closeFD(i)
 	if k.kind == ipc.ItemRange {
 		if delete(t.ranges[i.parent], k.id); len(t.ranges[i.parent]) == 0 {
 			delete(t.ranges, i.parent)
@@ -177,9 +199,10 @@ func (t *table) end(id uint64) {
 	}
 	delete(t.items, key{ipc.ItemTask, id})
 	if len(ranges) == 0 {
-		k.close()
+		t.closeFD(k)
 		return
 	}
+	t.held-- // the ending's
 	e := newEnding(uffd.FromFd(k.fd), ranges, t.log.With("task", string(k.tail)))
 	t.ending[id] = e
 	poisoned := make(chan struct{})

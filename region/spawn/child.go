@@ -4,13 +4,13 @@ package spawn
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 )
 
@@ -23,12 +23,10 @@ const guardianPatience = 2 * time.Second
 
 // child is the guardian, seen by the program that started it.
 type child struct {
-	cmd       *exec.Cmd
-	words     *words
-	exited    chan struct{} // closed when it was waited for and all it said was read
-	err       error         // of Wait; after exited
-	pager     atomic.Int64  // pid of the pager; 0: not known yet
-	abandoned atomic.Bool   // the start failed: nobody waits in Close
+	cmd    *exec.Cmd
+	words  *words
+	exited chan struct{} // closed when it was waited for and all it said was read
+	err    error         // of Wait; after exited
 }
 
 // startChild starts the guardian with the socket as its fd 3. It is reaped when it ends, whoever waits.
@@ -79,9 +77,6 @@ func (c *child) explain(err error) error {
 
 // waitClosed waits until the pager has ended. The guardian may go on: it answers for other tasks that still have memory.
 func (c *child) waitClosed() error {
-	if c.abandoned.Load() {
-		return nil
-	}
 	limit := time.After(closePatience)
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
@@ -94,25 +89,35 @@ func (c *child) waitClosed() error {
 			}
 			return nil
 		case <-limit:
-			return fmt.Errorf("wait for the pager's end: process %d has not ended after %v (kill it, and its parent %d)", c.pager.Load(), closePatience,
+			return fmt.Errorf("wait for the pager's end: process %d has not ended after %v (kill it, and its parent %d)", childOf(c.cmd.Process.Pid), closePatience,
 				c.cmd.Process.Pid)
 		case <-tick.C:
-			if gone.IsZero() && !childOf(c.cmd.Process.Pid, int(c.pager.Load())) {
+			switch {
+			case childOf(c.cmd.Process.Pid) != 0:
+				gone = time.Time{}
+			case gone.IsZero():
 				gone = time.Now()
-			}
-			if !gone.IsZero() && time.Since(gone) > guardianPatience {
+			case time.Since(gone) > guardianPatience:
 				return nil
 			}
 		}
 	}
 }
 
-// childOf reports whether pid is a live child of parent: field 4 of proc_pid_stat(5), behind the name in parentheses.
-func childOf(parent, pid int) bool {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return !errors.Is(err, os.ErrNotExist)
+// childOf is a child of the guardian that lives: the pager, which need not be the one that there was at the start; 0: none. proc_tid_children(5). A
+// kernel without CONFIG_PROC_CHILDREN shows none: then guardianPatience is the limit.
+func childOf(parent int) int {
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", parent))
+	for _, l := range lists {
+		b, _ := os.ReadFile(l)
+		for _, pid := range strings.Fields(string(b)) {
+			// Field 3 of proc_pid_stat(5), behind the name in parentheses, is the state.
+			stat, err := os.ReadFile("/proc/" + pid + "/stat")
+			state := bytes.TrimLeft(stat[bytes.LastIndexByte(stat, ')')+1:], " ")
+			if n, _ := strconv.Atoi(pid); err == nil && len(state) > 0 && state[0] != 'Z' {
+				return n
+			}
+		}
 	}
-	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
-	return len(f) > 1 && f[0] != "Z" && f[1] == fmt.Sprint(parent)
+	return 0
 }

@@ -90,13 +90,7 @@ func start(ctx context.Context, o *Options) (*region.Pager, error) {
 	}
 	p, err := region.FromConn(ctx, ours, &region.ConnOptions{OnClose: c.waitClosed})
 	if err == nil {
-		var info region.Info
-		if info, err = p.Info(ctx); err == nil {
-			c.pager.Store(int64(info.PagerPID))
-			return p, nil
-		}
-		c.abandoned.Store(true)
-		p.Close()
+		return p, nil
 	}
 	// The socket is closed: the children end, or are no pager at all. Those that were about to say why are worth a moment.
 	dead := time.AfterFunc(failPatience, func() { c.cmd.Process.Kill() })
