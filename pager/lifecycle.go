@@ -42,10 +42,14 @@ func (o *object) attach(control emm.Control) emm.KernReturn {
 	return emm.Success
 }
 
-// Create takes over a temporary object. It is ready at once.
+// Create takes over a temporary object. It is ready at once. If an earlier pager had taken it over already, this is Init, for who does not know whether it
+// lived to send Create; the object may have contents then.
 func (p *Pager) Create(h emm.Head, object emm.Port, size int64, pageSize int) emm.KernReturn {
 	if h.Control == nil {
 		return emm.InvalidArgument
+	}
+	if o := p.lookup(object); o != nil && o.adopted && o.temporary && o.pageSize == int64(pageSize) {
+		return o.attach(h.Control)
 	}
 	o, err := p.create(entry{port: object, size: size, pageSize: int64(pageSize), temporary: true})
 	if err != nil {

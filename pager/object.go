@@ -37,6 +37,7 @@ type object struct {
 	unit      int          // immutable; slots per page
 	size      int64        // immutable; bytes, whole pages
 	temporary bool         // immutable; taken over with Create, ends with Terminate
+	adopted   bool         // immutable; an earlier pager made it
 	mem       store.Memory // the page map; grown under mu
 	shared    atomic.Bool  // set with mu, for ever: some of its slots may be another's too
 
@@ -232,6 +233,7 @@ func (o *object) releasable() bool {
 
 // release frees all slots and the map of a gone object. It takes its time: not on a fault reader.
 func (o *object) release() {
+	o.p.step("pager.release")
 	o.mu.Lock()
 	runs := o.reap(nil)
 	o.mu.Unlock()
@@ -243,7 +245,7 @@ func (o *object) release() {
 	if err := o.mem.Close(); err != nil {
 		o.p.log.Error("close page map", "object", o.id, "err", err)
 	}
-	o.p.step("released")
+	o.p.step("pager.released")
 	o.p.mu.Lock()
 	o.p.table.clear(o.id)
 	o.p.ids[o.id] = nil

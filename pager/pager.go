@@ -27,8 +27,9 @@
 // # Restart
 //
 // The table of objects and the page maps live in memory that Options.NewMemory finds or makes by name. Each change is committed by one 64-bit store.
-// New takes over what it finds there, and tells the store which slots are used. The vm then attaches to each object with Init. A snapshot becomes an object when its
-// map is complete; shares are counted anew, from the maps.
+// New takes over what it finds there, and tells the store which slots are used. The vm then attaches to each object with Init, those that Create made
+// included, and whoever keeps the rights ends with [Pager.Claim] what nobody has a right to. A snapshot becomes an object when its map is complete; shares are counted anew, from
+// the maps.
 //
 // # Locks
 //
@@ -153,6 +154,7 @@ func (p *Pager) adopt() error {
 			return fail(fmt.Errorf("open page map of object %d: %w", id, err))
 		}
 		o := newObject(p, id, e, m)
+		o.adopted = true
 		p.setID(id, o)
 		o.recount()
 		p.objects[e.port] = o
@@ -214,6 +216,7 @@ func (p *Pager) reserve(e entry) (*object, error) {
 	if err := p.table.reserve(id); err != nil {
 		return nil, fmt.Errorf("make page map: %w: %w", emm.ResourceShortage, err)
 	}
+	p.step("pager.reserved")
 	mem, err := p.newMemory(mapName(id))
 	if err != nil {
 		return nil, fmt.Errorf("make page map: %w: %w", emm.ResourceShortage, err)
@@ -237,8 +240,10 @@ func (p *Pager) publish(o *object) error {
 	case p.objects[o.port] != nil:
 		return emm.InvalidArgument
 	}
+	p.step("pager.mapped")
 	p.table.put(o.id, o.entry)
 	p.objects[o.port] = o
+	p.step("pager.published")
 	return nil
 }
 
@@ -249,6 +254,7 @@ func (p *Pager) end(o *object) {
 	if p.objects[o.port] == o {
 		delete(p.objects, o.port)
 		p.table.drop(o.id)
+		p.step("pager.dropped")
 	}
 	p.mu.Unlock()
 	o.mu.Lock()

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"machpager/pager/emm"
 	"machpager/pager/emm/emmtest"
@@ -279,6 +280,151 @@ func contents(version uint64, page int) []byte {
 		return make([]byte, ps)
 	}
 	return emmtest.Fill(1, ps, version<<16|uint64(page))
+}
+
+// A temporary object is killed at each step of its life. Who takes over may not know whether Create was heard, nor whether what it gave was stored: Create again is Init, and
+// what is given again counts, not what came first.
+func TestTemporaryKilled(t *testing.T) {
+	w := newWorld()
+	p, f := w.boot(t)
+	type state struct {
+		w     *world
+		step  string
+		given bool // the first contents were stored, and the vm knows
+		ended bool // Terminate was sent
+	}
+	var states []state
+	now := state{}
+	record := func(step string) {
+		s := now
+		s.w, s.step = w.copy(t), step
+		states = append(states, s)
+	}
+	f.Step(record)
+	p.hook = record
+	port, old := emm.NewPort(), emmtest.Fill(4, ps, 1)
+	k := emmtest.NewKernel(t, p, port, ps)
+	if kr := k.Create(emm.NewPort(), 8*ps); kr != emm.Success {
+		t.Fatal(kr)
+	}
+	k.Give(0, old, true).Wait()
+	now.given = true
+	record("given")
+	now.ended = true
+	k.Terminate()
+	waitReleased(t, p)
+	record("ended")
+	f.Step(nil)
+	p.hook = nil
+
+	// read is Create, a look at the first pages, and Terminate.
+	read := func(w *world, what string, want []byte) {
+		t.Helper()
+		p, f := w.boot(t)
+		c := &collector{Kernel: emmtest.NewKernel(t, p, port, ps), pages: make(map[int64][]byte)}
+		h := emm.Head{Control: c}
+		if kr := p.Create(h, port, 8*ps, ps); kr != emm.Success {
+			t.Fatal(what, kr)
+		}
+		p.DataRequest(h, emm.Run{Size: 4 * ps}, 0, emm.ProtRead)
+		for page := range 4 {
+			if !bytes.Equal(c.pages[int64(page)], want[page*ps:(page+1)*ps]) {
+				t.Errorf("%s: page %d is wrong", what, page)
+			}
+		}
+		p.Terminate(h)
+		checkEmpty(t, p, f)
+	}
+	seen := map[string]bool{}
+	newer := emmtest.Fill(4, ps, 2)
+	for i, s := range states {
+		seen[s.step] = true
+		what := fmt.Sprintf("killed at step %d (%s)", i, s.step)
+		again := s.w.copy(t)
+		p, _ := s.w.boot(t)
+		known := p.lookup(port) != nil
+		if s.given && !s.ended && !known {
+			t.Errorf("%s: the object is lost", what)
+		}
+		k := emmtest.NewKernel(t, p, port, ps)
+		if kr := k.Create(emm.NewPort(), 8*ps); kr != emm.Success {
+			t.Fatalf("%s: Create again: %v", what, kr)
+		}
+		k.Give(0, newer, true).Wait()
+		read(s.w.copy(t), what+", given again", newer)
+		if s.given && known {
+			read(again, what, old)
+		}
+	}
+	for _, step := range []string{"pager.reserved", "pager.mapped", "pager.published", "pager.allocated", "written", "pager.stored", "pager.committed", "given", "pager.dropped",
+		"pager.release", "freed", "pager.released"} {
+		if !seen[step] {
+			t.Errorf("never killed at %q", step)
+		}
+	}
+	p.Close()
+}
+
+// waitReleased waits until no object is left.
+func waitReleased(t *testing.T, p *Pager) {
+	t.Helper()
+	for deadline := time.Now().Add(emmtest.Deadline); ; time.Sleep(100 * time.Microsecond) {
+		p.mu.Lock()
+		busy := p.busy()
+		p.mu.Unlock()
+		if !busy {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("an object is not released")
+		}
+	}
+}
+
+// What nobody claims after a restart ends, with its slots; what a vm has, or somebody knows, does not.
+func TestClaim(t *testing.T) {
+	w := newWorld()
+	p, _ := w.boot(t)
+	var ports []emm.Port
+	for i := range 6 {
+		k, port := attach(t, p, 8, ps)
+		k.Write(0, emmtest.Fill(8, ps, uint64(i)))
+		ports = append(ports, port)
+	}
+	tk := emmtest.NewKernel(t, p, emm.NewPort(), ps)
+	tk.Create(emm.NewPort(), ps)
+	tk.Give(0, emmtest.Fill(4, ps, 9), true).Wait()
+	if err := p.Snapshot(ports[0], emm.NewPort()); err != nil { // its port is known to nobody any more
+		t.Fatal(err)
+	}
+	w = w.copy(t)
+	p, f := w.boot(t)
+	k := emmtest.NewKernel(t, p, ports[1], ps)
+	if kr := k.Init(); kr != emm.Success {
+		t.Fatal(kr)
+	}
+	asked := 0
+	ended := p.Claim(func(port emm.Port) bool { asked++; return port == ports[0] })
+	if ended != 6 || asked != 8 {
+		t.Errorf("%d of 8 objects ended, want 6; asked about %d", ended, asked)
+	}
+	if n := p.Claim(func(emm.Port) bool { return true }); n != 0 {
+		t.Errorf("claimed, and ended all the same: %d", n)
+	}
+	for deadline := time.Now().Add(emmtest.Deadline); f.Info().Used != 16*ps; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d bytes used, want those of 2 objects", f.Info().Used)
+		}
+	}
+	for i, port := range ports {
+		if known := p.lookup(port) != nil; known != (i < 2) {
+			t.Errorf("object %d is known: %v", i, known)
+		}
+	}
+	k.Terminate()
+	p.NoSenders(ports[0])
+	p.NoSenders(ports[1])
+	checkEmpty(t, p, f)
 }
 
 // What an object that ended left in its map is not the next one's, even if the pager was killed before it closed the map.

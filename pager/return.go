@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/emm"
 	"machpager/pager/store"
 )
@@ -17,7 +18,8 @@ func (p *Pager) DataReturn(h emm.Head, off int64, data []byte, _, _ bool) emm.Ke
 }
 
 // DataInitialize stores pages as DataReturn does, but for those that are stored already. Of a page that was last returned as zeros nothing is
-// known, so it counts as never written.
+// known, so it counts as never written. In an object that an earlier pager left it is DataReturn: what is stored may be from an initialize whose answer
+// the vm did not live to hear, and what it gives now is newer.
 func (p *Pager) DataInitialize(h emm.Head, off int64, data []byte) emm.KernReturn {
 	return p.take(h.Control, off, data, true)
 }
@@ -35,7 +37,7 @@ func (p *Pager) take(control emm.Control, off int64, data []byte, initialize boo
 	}
 	o := a.o
 	w := writes.Get().(*write)
-	w.o, w.control, w.run, w.data, w.initialize = o, control, run, data, initialize
+	w.o, w.control, w.run, w.data, w.initialize = o, control, run, data, initialize && !o.adopted
 	o.mu.Lock()
 	if a.dead.Load() {
 		o.mu.Unlock()
@@ -163,6 +165,7 @@ func (w *write) start() {
 		page = w.place(page, end)
 	}
 	if w.failure() == nil { // all have their slots
+		o.p.step("pager.allocated")
 		for _, c := range w.pieces {
 			w.left.Add(1)
 			o.p.store.Write(&c.op)
@@ -253,6 +256,7 @@ func (w *write) done() {
 	o := w.o
 	result := emm.Success
 	first := w.run.Off / o.pageSize
+	o.p.step("pager.stored")
 	o.mu.Lock()
 	switch {
 	case w.err != nil:
@@ -265,6 +269,7 @@ func (w *write) done() {
 		case word == keep:
 		case result == emm.Success:
 			o.commit(first+int64(i), word)
+			failpoint.Here("pager.word") // no step: the lock is held
 		case word != 0:
 			w.freed = appendSlots(w.freed, wordSlot(word), o.unit)
 		}
@@ -284,7 +289,9 @@ func (w *write) done() {
 	if w.err != nil && result != emm.NoSpace {
 		o.p.logError("store returned pages", "object", o.id, "off", w.run.Off, "size", w.run.Size, "err", w.err)
 	}
+	o.p.step("pager.committed")
 	o.free(w.freed)
+	o.p.step("pager.freed")
 	o.p.noteSpace(result)
 	control, run := w.control, w.run
 	w.put()

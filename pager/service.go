@@ -33,6 +33,32 @@ func (p *Pager) NoSenders(port emm.Port) emm.KernReturn {
 	return emm.Success
 }
 
+// Claim ends the objects that no vm has and that claimed does not know: who takes over from an earlier process calls it once, when all that it found are
+// attached or known. It returns how many objects ended. Ports are told to nobody else.
+func (p *Pager) Claim(claimed func(port emm.Port) bool) (ended int) {
+	p.mu.Lock()
+	ports := make([]emm.Port, 0, len(p.objects))
+	for port := range p.objects {
+		ports = append(ports, port)
+	}
+	p.mu.Unlock()
+	for _, port := range ports {
+		o := p.lookup(port)
+		if o == nil || claimed(port) {
+			continue
+		}
+		o.mu.Lock()
+		end := o.att == nil && !o.doomed
+		o.doomed = o.doomed || end
+		o.mu.Unlock()
+		if end {
+			p.end(o)
+			ended++
+		}
+	}
+	return ended
+}
+
 func (p *Pager) lookup(port emm.Port) *object {
 	p.mu.Lock()
 	defer p.mu.Unlock()

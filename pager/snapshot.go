@@ -3,6 +3,7 @@ package pager
 import (
 	"fmt"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/emm"
 )
 
@@ -44,9 +45,9 @@ func (p *Pager) snapshot(source, port emm.Port) error {
 	if err != nil {
 		return err
 	}
-	p.step("reserved")
+	p.step("snapshot.reserved")
 	if err = o.copyTo(c); err == nil {
-		p.step("copied")
+		p.step("snapshot.copied")
 		p.mu.Lock()
 		err = p.publish(c)
 		p.mu.Unlock()
@@ -56,7 +57,7 @@ func (p *Pager) snapshot(source, port emm.Port) error {
 		c.release()
 		return err
 	}
-	p.step("published")
+	p.step("snapshot.published")
 	return nil
 }
 
@@ -87,7 +88,7 @@ func (o *object) copyTo(c *object) error {
 	for chunk := range s.saved {
 		if chunk%copyBatch == 0 {
 			o.mu.Unlock()
-			o.p.step("batch")
+			o.p.step("snapshot.batch")
 			o.mu.Lock()
 		}
 		o.save(chunk)
@@ -118,8 +119,9 @@ func (o *object) save(chunk int) {
 	s.to.stored += int64(o.counts[chunk])
 }
 
-// step tells a test where a snapshot is.
+// step is an instant after which a crash must lose nothing: a failpoint, of which a test in this process is told too.
 func (p *Pager) step(name string) {
+	failpoint.Here(name)
 	if p.hook != nil {
 		p.hook(name)
 	}

@@ -163,7 +163,7 @@ func TestSnapshotErrors(t *testing.T) {
 	}
 	k.Write(0, emmtest.Fill(8, ps, 1))
 	p.hook = func(step string) { // the port is taken while the map is copied
-		if step == "copied" {
+		if step == "snapshot.copied" {
 			if err := p.ObjectCreate(emm.Port{1}, ps, ps); err != nil {
 				t.Error(err)
 			}
@@ -392,7 +392,7 @@ func TestSnapshotIsOneInstant(t *testing.T) {
 	}
 	steps := 0
 	p.hook = func(step string) { // on the goroutine of Snapshot, without locks: as others would
-		if step != "batch" {
+		if step != "snapshot.batch" {
 			return
 		}
 		steps++
@@ -450,7 +450,7 @@ func readPages(t testing.TB, p *Pager, k *emmtest.Kernel, port emm.Port, n, apar
 
 // Ends of all kinds at each step of a snapshot.
 func TestSnapshotAndEnds(t *testing.T) {
-	for _, step := range []string{"reserved", "batch", "copied", "published"} {
+	for _, step := range []string{"snapshot.reserved", "snapshot.batch", "snapshot.copied", "snapshot.published"} {
 		for _, what := range []string{"source", "temporary source", "source and copy", "close"} {
 			t.Run(step+"/"+what, func(t *testing.T) {
 				s := memoryStore(t, nil)
@@ -499,12 +499,12 @@ func TestSnapshotAndEnds(t *testing.T) {
 				case !hit:
 					t.Fatal("no such step")
 				case what == "close":
-					if (err == nil) != (step == "published") {
+					if (err == nil) != (step == "snapshot.published") {
 						t.Errorf("Close at step %q: %v", step, err)
 					}
 				case err != nil:
 					t.Error(err)
-				case what != "source and copy" || step != "published":
+				case what != "source and copy" || step != "snapshot.published":
 					if kr := c.Init(); kr != emm.Success {
 						t.Fatal(kr)
 					}
@@ -693,7 +693,8 @@ func TestSnapshotKilled(t *testing.T) {
 		s.w.mu.Unlock()
 	}
 	t.Logf("%d steps", len(states))
-	for _, step := range []string{"allocated", "written", "free", "freed", "reserved", "batch", "copied", "published", "released"} {
+	for _, step := range []string{"allocated", "written", "free", "freed", "pager.allocated", "pager.stored", "pager.committed", "pager.freed", "pager.reserved", "snapshot.reserved",
+		"snapshot.batch", "snapshot.copied", "pager.mapped", "pager.published", "snapshot.published", "pager.dropped", "pager.release", "pager.released"} {
 		if !seen[step] {
 			t.Errorf("never killed at %q", step)
 		}
