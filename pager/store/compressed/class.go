@@ -4,6 +4,7 @@ import (
 	"math/bits"
 	"sync"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -164,6 +165,9 @@ func (c *class) unlist(sl *slab) {
 	sl.prev, sl.next, sl.bucket = nil, nil, -1
 }
 
+// loose reports whether more than an eighth of the pieces, and a slab, are free.
+func (c *class) loose() bool { return c.free > c.n+c.slabs*c.n/8 }
+
 // compact moves one piece out of the slab that is used least, and reports whether a slab became nobody's.
 func (c *class) compact(ss *slabs, ix *index) (emptied bool) {
 	if c.victim == nil {
@@ -203,9 +207,11 @@ func (c *class) compact(ss *slabs, ix *index) (emptied bool) {
 	at := c.take(to, v.owners[piece])
 	w := word(old.kind(), c.number, old.length(), at, to.number)
 	copy(ss.piece(w), ss.piece(old))
+	failpoint.Here("compressed.moving")
 	if !e[0].CompareAndSwap(uint64(old), uint64(w)) {
 		return c.release(ss, to, at) // freed meanwhile
 	}
+	failpoint.Here("compressed.moved")
 	ss.moved.Add(1)
 	return c.release(ss, v, piece)
 }

@@ -44,6 +44,7 @@ import (
 	"github.com/klauspost/compress/s2"
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -246,7 +247,9 @@ func (s *Store) writeSlot(slot store.Slot, data []byte, sc *scratch) error {
 		return fmt.Errorf("write slot %d: %w", slot, err)
 	}
 	copy(s.slabs.piece(w), packed)
+	failpoint.Here("compressed.copied")
 	e[1].Store(uint64(store.Sum(data)))
+	failpoint.Here("compressed.summed")
 	s.commit(e, w)
 	return nil
 }
@@ -259,6 +262,7 @@ func isZero(b []byte) bool {
 // commit stores a slot's word, and frees what the old one named.
 func (s *Store) commit(e entry, w where) {
 	old := where(e[0].Swap(uint64(w)))
+	failpoint.Here("compressed.committed")
 	s.count(w, 1)
 	if old != 0 {
 		s.count(old, -1)

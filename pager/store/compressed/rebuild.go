@@ -53,6 +53,14 @@ func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
 	if err != nil {
 		return err
 	}
+	for i := range s.slabs.classes { // what is in no map any more has left holes
+		c := &s.slabs.classes[i]
+		c.mu.Lock()
+		for again := c.slabs * c.n; again > 0 && c.loose(); again-- {
+			c.compact(&s.slabs, &s.index)
+		}
+		c.mu.Unlock()
+	}
 	s.slabs.trim()
 	return nil
 }

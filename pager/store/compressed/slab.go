@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -131,7 +132,7 @@ func (ss *slabs) free(w where, ix *index) {
 	c.mu.Lock()
 	emptied := c.release(ss, (*ss.table.Load())[w.slab()-1], w.piece())
 	for range 2 {
-		if c.free <= c.n+c.slabs*c.n/8 {
+		if !c.loose() {
 			break
 		}
 		emptied = c.compact(ss, ix) || emptied
@@ -150,6 +151,8 @@ func (ss *slabs) trim() {
 	ss.trimMu.Lock()
 	defer ss.trimMu.Unlock()
 	ss.book.Trim(ss.slack, func(s store.Slot, n int) error {
+		failpoint.Here("compressed.discard")
+		defer failpoint.Here("compressed.discarded")
 		return ss.mem.Discard(int64(s-1)*slabSize, int64(n)*slabSize)
 	})
 }
@@ -187,6 +190,7 @@ func (ss *slabs) reach(n int) error {
 	if err := ss.mem.Grow(int64(n) * slabSize); err != nil {
 		return err
 	}
+	failpoint.Here("compressed.grown")
 	b := ss.mem.Bytes()
 	ss.bytes.Store(&b)
 	t := append([]*slab(nil), *ss.table.Load()...)

@@ -23,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -271,8 +272,11 @@ func (s *Store) read(op *store.Op) (good int, err error) {
 }
 
 func (s *Store) write(op *store.Op) (good int, err error) {
+	failpoint.Here("file.write")
 	store.PutSums(s.sumsOf(op), op.Data)
+	failpoint.Here("file.summed")
 	n, err := full(s.io.pwrite, op.Data, offset(op.Slot), io.ErrShortWrite)
+	failpoint.Here("file.written")
 	switch {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EFBIG):
 		err = fmt.Errorf("write paging file: %w: %w", store.ErrNoSpace, err)
@@ -326,6 +330,7 @@ func (s *Store) reach(last store.Slot) error {
 	if err := s.sums.Grow(groups * store.GroupSlots * 4); err != nil {
 		return err
 	}
+	failpoint.Here("file.grown")
 	b := s.sums.Bytes()
 	s.table.Store(&b)
 	return nil
@@ -334,6 +339,11 @@ func (s *Store) reach(last store.Slot) error {
 // Free gives slots back. A worker gives their place in the file back, when it is more than the slack.
 func (s *Store) Free(slot store.Slot, n int) {
 	s.alloc.Free(slot, n, true)
+	s.trimLater()
+}
+
+// trimLater has a worker trim, if there is what to.
+func (s *Store) trimLater() {
 	if _, _, backed := s.alloc.Counts(); backed <= s.slack || s.trim.Swap(true) {
 		return
 	}
@@ -347,6 +357,8 @@ func (s *Store) Free(slot store.Slot, n int) {
 func (s *Store) trimNow() {
 	s.trim.Store(false) // before the counts are looked at, so that no Free is missed
 	s.alloc.Trim(s.slack/2, func(slot store.Slot, n int) error {
+		failpoint.Here("file.punch")
+		defer failpoint.Here("file.punched")
 		return unix.Fallocate(int(s.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, offset(slot), int64(n)*store.SlotSize)
 	})
 }
@@ -373,6 +385,7 @@ func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
 	if int64(last)*4 > int64(len(*s.table.Load())) {
 		return fmt.Errorf("rebuild file store: slot %d has no checksum: %w", last, store.ErrCorrupt)
 	}
+	s.trimLater()
 	return nil
 }
 

@@ -3,8 +3,11 @@
 // New contents go to the files of the highest priority in turn, and to others when those are full or fail. A file that is removed takes nothing more; its contents are moved to
 // the others, while they are read and freed, and then it is closed. What it cannot give back because it is corrupt is corrupt from then on.
 //
-// Slots keep their numbers when contents move: see package indirect. A restarted pager gives New the same memory of words and the same files under their old
-// numbers, and calls Rebuild.
+// # Restart
+//
+// Slots keep their numbers when contents move: see package indirect. A restarted pager gives New the same memory of words and the same files, each with its checksums, under their old
+// numbers, and calls Rebuild. Whoever keeps the files hears of each before anything is written to it (File.Keep), and lets go of it when Delete has returned. So it may have one that has nothing: a file
+// that was just made, or was just emptied. It is in use then; and so is one whose removal was cut short, until it is deleted again.
 package files
 
 import (
@@ -18,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 	"machpager/pager/store/file"
 	"machpager/pager/store/internal/indirect"
@@ -37,6 +41,11 @@ type File struct {
 	Priority int
 	// Options says where it is, and how large it may be.
 	Options file.Options
+	// Sums finds or makes the memory of checksums, for a file of this number, in place of Options.Sums. It becomes the store's. nil: Options.Sums.
+	Sums func(id ID) (store.Memory, error)
+	// Keep is called before anything is written to the file: who is to hand it to a later New, should this process be killed, has it by number when Keep returns. With an
+	// error the file is not added. The file stays the store's. nil: nobody keeps it.
+	Keep func(id ID, f *os.File) error
 }
 
 // Options of a Store. nil or zero values are the defaults.
@@ -104,14 +113,32 @@ func (s *Store) Create(f File) (ID, error) {
 	if s.files[id] != nil || id > MaxID {
 		return 0, fmt.Errorf("create paging file %d: the number is taken: %w", id, unix.EEXIST)
 	}
+	if f.Sums != nil {
+		var err error
+		if f.Options.Sums, err = f.Sums(id); err != nil {
+			return 0, fmt.Errorf("create paging file %d: memory of checksums: %w", id, err)
+		}
+	}
 	st, err := file.New(&f.Options)
 	if err != nil {
+		if f.Sums != nil {
+			f.Options.Sums.Close()
+		}
 		return 0, fmt.Errorf("create paging file: %w", err)
 	}
 	p, err := s.Add(uint8(id), st, nil)
 	if err != nil {
 		st.Close()
 		return 0, fmt.Errorf("create paging file: %w", err)
+	}
+	if f.Keep != nil {
+		failpoint.Here("files.keep")
+		if err := f.Keep(id, st.File()); err != nil {
+			s.Drop(p)
+			st.Close()
+			return 0, fmt.Errorf("create paging file %d: keep it: %w", id, err)
+		}
+		failpoint.Here("files.kept")
 	}
 	s.files[id] = &backing{id: id, priority: f.Priority, part: p, file: st}
 	s.reorder()
@@ -153,7 +180,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 	s.mu.Unlock()
 
 	var err error
-	if need, free := b.part.Used()*store.SlotSize, s.Info().Free; need > free {
+	if need, free := b.part.Used()*store.SlotSize, s.Room(); need > free {
 		err = fmt.Errorf("it has %d bytes, and the others have room for %d: %w", need, free, store.ErrNoSpace)
 	} else {
 		err = s.Remove(ctx, b.part)
@@ -166,6 +193,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 		return fmt.Errorf("delete paging file %d: %w", id, err)
 	}
 	delete(s.files, id)
+	failpoint.Here("files.removed")
 	if err := b.file.Close(); err != nil {
 		return fmt.Errorf("delete paging file %d: %w", id, err)
 	}

@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -140,7 +141,9 @@ func (s *Store) Write(op *store.Op) { op.Finish(s.each(op, writePart)) }
 func writePart(_ store.Slot, sums, data, buf []byte) (int, error) {
 	for i := 0; i < len(data); i += store.SlotSize {
 		store.PutSums(sums[i/store.SlotSize*4:], buf[i:i+store.SlotSize])
+		failpoint.Here("memory.summed")
 		copy(data[i:i+store.SlotSize], buf[i:])
+		failpoint.Here("memory.copied")
 	}
 	return len(data) / store.SlotSize, nil
 }
@@ -190,6 +193,7 @@ func (s *Store) grow(slot store.Slot, n int) error {
 	if err := s.mem.Grow(g*groupSize + sumsSize + slots*store.SlotSize); err != nil {
 		return err
 	}
+	failpoint.Here("memory.grown")
 	b := s.mem.Bytes()
 	s.bytes.Store(&b)
 	return nil
@@ -209,6 +213,8 @@ func (s *Store) discard(slot store.Slot, n int) error {
 	if size <= 0 {
 		return nil
 	}
+	failpoint.Here("memory.discard")
+	defer failpoint.Here("memory.discarded")
 	return s.mem.Discard(off, size)
 }
 

@@ -19,7 +19,7 @@ import (
 	"machpager/pager/store/storetest"
 )
 
-func eventually(t *testing.T, what string, f func() bool) {
+func eventually(t testing.TB, what string, f func() bool) {
 	t.Helper()
 	for end := time.Now().Add(storetest.Deadline); !f(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {

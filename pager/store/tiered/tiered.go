@@ -17,6 +17,7 @@ package tiered
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"sync"
 	"sync/atomic"
@@ -109,6 +110,15 @@ func New(o Options) (*Store, error) {
 	s.SetOrder([][]*indirect.Part{{s.fast}, {s.slow}})
 	s.work.Go(s.mover)
 	return s, nil
+}
+
+// Rebuild takes over what an earlier store left, and has the mover look at it.
+func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
+	if err := s.Store.Rebuild(used); err != nil {
+		return err
+	}
+	s.wake()
+	return nil
 }
 
 // room is how many bytes are free in the fast tier.

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -248,6 +249,7 @@ func (a *access) writeDone() {
 		return
 	}
 	s := a.s
+	failpoint.Here("indirect.stored")
 	var old places
 	for _, c := range a.pieces {
 		if a.err != nil {
@@ -258,9 +260,11 @@ func (a *access) writeDone() {
 		for i := range store.Slot(c.n) {
 			w := place(c.p, c.op.Slot+i) | touched
 			old.add(s, word(s.word(a.op.Slot+store.Slot(c.first)+i).Swap(uint64(w))))
+			failpoint.Here("indirect.word")
 		}
 		c.put()
 	}
+	failpoint.Here("indirect.committed")
 	old.flush(s)
 	a.finish()
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/store"
 )
 
@@ -66,9 +67,11 @@ func (s *Store) Move(slots []store.Slot, from *Part, to func(try int) *Part, dro
 			m.slots, m.old, m.ok = append(m.slots, slot), append(m.old, w), append(m.ok, false)
 		}
 	}
+	failpoint.Here("indirect.marked")
 	var dropped int
 	dropped, err = m.read(s, from, drop)
 	werr := m.write(to)
+	failpoint.Here("indirect.copied")
 	if err == nil {
 		err = werr
 	}
@@ -226,6 +229,7 @@ func (m *mover) commit(s *Store, from *Part) (n int) {
 			at := t.first + i
 			if s.word(m.slots[at]).CompareAndSwap(uint64(m.old[at]|moving), uint64(place(t.p, t.slot+store.Slot(i)))) {
 				n++
+				failpoint.Here("indirect.swapped")
 				continue
 			}
 			t.p.free(t.slot+store.Slot(i), 1) // the slot was freed meanwhile; the old place is ours
@@ -252,7 +256,9 @@ func (m *mover) commit(s *Store, from *Part) (n int) {
 			run.add(s, w&^moving)
 		}
 	}
+	failpoint.Here("indirect.drained")
 	run.flush(s)
+	failpoint.Here("indirect.vacated")
 	return n
 }
 
