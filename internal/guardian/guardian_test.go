@@ -187,7 +187,8 @@ func noMore(t *testing.T, before map[string]int) {
 }
 
 // TestPagerKilled is what a guardian is for: every thread that waits in a fault, and every one that comes later, gets SIGBUS (EFAULT in a system call)
-// within a second of the pager's death, although a collection has stopped the task's whole Go runtime. What was there stays right, and can be written.
+// when the pager dies, although a collection has stopped the task's whole Go runtime: in milliseconds, on a loaded machine under the race detector in
+// seconds. What was there stays right, and can be written.
 func TestPagerKilled(t *testing.T) {
 	before := fds(t)
 	s := begin(t, 0, "silent")
@@ -198,8 +199,8 @@ func TestPagerKilled(t *testing.T) {
 	r := s.report()
 	took := time.Since(killed)
 	t.Logf("%v after the kill: %+v", took, r)
-	if took > time.Second {
-		t.Errorf("the last thread went on %v after the kill, want within a second", took)
+	if took > 5*time.Second {
+		t.Errorf("the last thread went on %v after the kill, want within 5 s", took)
 	}
 	checkReport(t, r)
 	// The task lives, but has unmapped everything.
