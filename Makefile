@@ -50,13 +50,13 @@ fmt:
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt -w these files:"; echo "$$bad"; exit 1; fi
 
 # -timeout ends a test that hangs, with the stacks of all its goroutines. The end-to-end tests run without the race detector: they are many processes
-# with bounds in seconds, which it slows ten times; what they exercise runs under it in the tests of each package.
+# with bounds in seconds, which it slows ten times; what they exercise runs under it in the tests of each package. Those that run side by side mostly wait: -parallel has nothing to do with processors.
 unit:
 	CGO_ENABLED=$(if $(RACE),1,0) $(GOTEST) $(RACE) -timeout $(TIMEOUT) $$($(GO) list ./... | grep -v /internal/e2e)
-	$(GOTEST) -timeout $(TIMEOUT) ./internal/e2e
+	$(GOTEST) -parallel 4 -timeout $(TIMEOUT) ./internal/e2e
 
 integration:
-	GOMAXPROCS=1 $(GOTEST) -count=1 -timeout $(TIMEOUT) $(INTEGRATION)
+	GOMAXPROCS=1 $(GOTEST) -count=1 -parallel 4 -timeout $(TIMEOUT) $(INTEGRATION)
 
 bench:
 	# With cgo, so that userfaultfd-go has its row.
@@ -73,7 +73,7 @@ fuzz:
 	done
 
 soak:
-	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 30m -run 'Metamorphic|Hazard|FillEmptyFill|PagingFiles' ./internal/e2e
+	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 30m -run 'Metamorphic|Hazard|FillEmptyFill|PagingFiles|PagingSpaceFull' ./internal/e2e
 
 deps:
 	apt-get install -y --no-install-recommends gcc libc6-dev

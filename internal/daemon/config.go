@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"machpager/internal/frames"
+	"machpager/internal/policy"
 	"machpager/pager/emm"
 )
 
@@ -22,6 +23,7 @@ type Config struct {
 	Dir        string      // of StoreFile and StoreTiered: where the unlinked paging file is made; "": os.TempDir()
 	Compressed int64       // bytes of memory that compressed contents may take, beside Resident; 0: of StoreTiered half of Resident, else no limit
 	Capacity   int64       // bytes of paging space; 0: no limit of its own
+	Policy     string      // what chooses the pages that go: one of policy.Names; "": policy.Default
 	Frames     frames.Kind // 0: the best that works
 	Socket     string      // listen here; "": do not
 	Group      string      // name or number of the group that may use Socket; "": the user alone
@@ -45,6 +47,9 @@ const minCompressed = 4 << 20
 func (c *Config) Check() error {
 	if c.Store != "" && !slices.Contains(Stores, c.Store) {
 		return fmt.Errorf("open paging space: kind %q: want one of %q: %w", c.Store, Stores, emm.InvalidArgument)
+	}
+	if names := policy.Names(); c.Policy != "" && !slices.Contains(names, c.Policy) {
+		return fmt.Errorf("choose victims by policy %q: want one of %q: %w", c.Policy, names, emm.InvalidArgument)
 	}
 	if c.Group != "" {
 		if _, err := groupID(c.Group); err != nil {

@@ -86,6 +86,8 @@ func TestCheck(t *testing.T) {
 		{Config{Compressed: -1}, emm.InvalidArgument},
 		{Config{Capacity: -1}, emm.InvalidArgument},
 		{Config{Store: "tape"}, emm.InvalidArgument},
+		{Config{Policy: "fifo"}, nil},
+		{Config{Policy: "oracle"}, emm.InvalidArgument},
 		{Config{Group: "no-such-group"}, emm.InvalidArgument},
 	} {
 		if err := c.c.Check(); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {

@@ -239,7 +239,7 @@ func (d *Daemon) open(link *os.File) (err error) {
 	if d.pager, err = pager.New(pager.Options{Store: d.store, NewMemory: newMap, Log: d.log}); err != nil {
 		return err
 	}
-	d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: newTable, Log: d.log})
+	d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: newTable, Policy: d.config.Policy, Log: d.log})
 	if err != nil {
 		return err
 	}

@@ -30,10 +30,19 @@ const (
 	fullSize   = 8 << 20 // of the region: more than fits into both
 )
 
+// What makes room.
+const (
+	healDiscard = "discard"
+	healClose   = "close an object"
+	healSetSize = "set size"
+	healAddFile = "add a paging file"
+)
+
 type fullArg struct {
 	Store    string
 	Disk     bool // no capacity, but a file system of that size
 	Capacity int64
+	Heal     []string // what makes room, in turn
 }
 
 // fullTask fills memory and paging space, and frees some in every way there is.
@@ -68,27 +77,22 @@ func fullTask(c *conn) error {
 	}
 	f.book = newBook(r)
 	// What makes room, and the pages that are gone or may be gone afterwards.
-	for _, heal := range []struct {
-		name string
-		free func() error
-	}{
-		{"discard", func() error { return f.discard(len(f.versions) / 16) }},
-		{"close an object", f.closeOther},
-		{"set size", f.setSize},
-		{"add a paging file", f.addFile},
-	} {
-		if heal.name == "add a paging file" && arg.Store != daemon.StoreFile {
-			continue
-		}
+	free := map[string]func() error{
+		healDiscard: func() error { return f.discard(len(f.versions) / 16) },
+		healClose:   f.closeOther,
+		healSetSize: f.setSize,
+		healAddFile: f.addFile,
+	}
+	for _, heal := range arg.Heal {
 		if err := f.fill(); err != nil {
-			return fmt.Errorf("before %s: %w", heal.name, err)
+			return fmt.Errorf("before %s: %w", heal, err)
 		}
 		begin := time.Now()
-		if err := firstOf(heal.free(), f.checkAll(), f.otherRight()); err != nil {
+		if err := firstOf(free[heal](), f.checkAll(), f.otherRight()); err != nil {
 			info, _ := p.Info(ctx)
-			return fmt.Errorf("after %s (%+v): %w", heal.name, info, err)
+			return fmt.Errorf("after %s (%+v): %w", heal, info, err)
 		}
-		fmt.Fprintf(os.Stderr, "%s: all is well after %v\n", heal.name, time.Since(begin))
+		fmt.Fprintf(os.Stderr, "%s: all is well after %v\n", heal, time.Since(begin))
 	}
 	return firstOf(c.send(true), p.Close())
 }
@@ -216,18 +220,25 @@ func (f *filling) addFile() error {
 
 // TestPagingSpaceFull: a page that finds no room stays; who needs a frame then gets KERN_RESOURCE_SHORTAGE; and room, however it comes, heals everything.
 func TestPagingSpaceFull(t *testing.T) {
+	// Each time it becomes full takes 5 s, for that is how long the pager tries. So each store is healed in some ways, and all of them in all by make soak.
 	for _, c := range []struct {
 		name string
 		arg  fullArg
 	}{
-		{"file", fullArg{Store: daemon.StoreFile}},
-		{"memory", fullArg{Store: daemon.StoreMemory}},
-		{"compressed", fullArg{Store: daemon.StoreCompressed}},
-		{"tiered", fullArg{Store: daemon.StoreTiered, Capacity: 1 << 20}},
-		{"disk", fullArg{Store: daemon.StoreFile, Disk: true}},
+		{"file", fullArg{Store: daemon.StoreFile, Heal: []string{healDiscard, healAddFile}}},
+		{"memory", fullArg{Store: daemon.StoreMemory, Heal: []string{healDiscard, healClose}}},
+		{"compressed", fullArg{Store: daemon.StoreCompressed, Heal: []string{healClose, healSetSize}}},
+		{"tiered", fullArg{Store: daemon.StoreTiered, Capacity: 1 << 20, Heal: []string{healSetSize, healDiscard}}},
+		{"disk", fullArg{Store: daemon.StoreFile, Disk: true, Heal: []string{healSetSize, healAddFile}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
+			if soak(0) > 0 {
+				c.arg.Heal = []string{healDiscard, healClose, healSetSize}
+				if c.arg.Store == daemon.StoreFile {
+					c.arg.Heal = append(c.arg.Heal, healAddFile)
+				}
+			}
 			k := start(t, "full", nil)
 			k.send(c.arg)
 			var ok bool
@@ -253,7 +264,7 @@ func nothingStored(c *conn) error {
 		return err
 	}
 	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{Resident: fullBudget})
+	p, err := startPager(ctx, spawn.Options{Resident: fullBudget, Confine: daemon.ConfineNever}) // a badStore reads a file by name
 	if err != nil {
 		return err
 	}

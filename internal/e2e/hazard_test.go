@@ -62,7 +62,7 @@ type pagerOptions struct {
 	Resident int64
 	Memory   bool // paging space in memory, not in a file
 
-	Store, Dir           string
+	Store, Policy, Dir   string
 	Compressed, Capacity int64
 }
 
@@ -78,7 +78,7 @@ func servePager(c *conn) error {
 	if o.Memory {
 		o.Store = "memory"
 	}
-	p, err := startPager(context.Background(), spawn.Options{Resident: o.Resident, Socket: o.Socket, Store: o.Store, Dir: o.Dir,
+	p, err := startPager(context.Background(), spawn.Options{Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir,
 		Compressed: o.Compressed, Capacity: o.Capacity})
 	if err != nil {
 		return err

@@ -259,6 +259,7 @@ func TestHostile(t *testing.T) {
 		{"discard under faults", 2 * time.Second},
 	} {
 		t.Run(c.attack, func(t *testing.T) {
+			t.Parallel() // most of the time is waiting
 			socket, k := pagerAt(t, pagerOptions{Resident: 16 << 20})
 			b := newBystander(t, socket)
 			b.check("nothing")

@@ -1,199 +1,123 @@
 package e2e
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"testing"
 	"time"
 
+	"machpager/internal/daemon"
+	"machpager/internal/policy"
 	"machpager/pager/emm"
 	"machpager/region"
 )
 
-func init() { tasks["mirror"] = mirror }
+var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0: a new one")
 
-var seedFlag = flag.Uint64("seed", 0, "seed of the metamorphic test; 0: a new one")
-
-// op is one step of one task.
-type op struct {
-	Kind     opKind
-	Off, N   int64
-	Contents uint64 // version for fill
-}
-
-type opKind int
-
-const (
-	opRead      opKind = iota // through Bytes
-	opReadAt                  // through ReadAt
-	opWrite                   // through Bytes
-	opWriteAt                 // through WriteAt
-	opPageOut                 //
-	opPopulate                // for reading
-	opPopulateW               // for writing
-	opRemap                   // unmap and map again
-	opDiscard                 // of the whole pages inside
-	opAdvise                  // Contents names the advice
-	opSync                    //
-	opWire                    // and unwire
-	opSnapshot                // and read it
-	opReadOnly                // read through a second, read-only mapping
-	opEnd
-)
-
-var opNames = [...]string{"Read", "ReadAt", "Write", "WriteAt", "PageOut", "Populate", "PopulateWrite", "Remap", "Discard", "Advise", "Sync", "Wire", "Snapshot", "ReadOnly", "End"}
-
-func (o op) String() string { return fmt.Sprintf("%s(%#x, %#x)", opNames[o.Kind], o.Off, o.N) }
-
-type opResult struct {
-	Data []byte // of reads
-	Err  string
-}
-
-type mirrorArg struct {
-	Socket   string
-	Port     emm.Port // null: make an object
-	Size     int64
-	PageSize int
-}
-
-// mirror maps an object and does what it is told.
-func mirror(c *conn) error {
-	var arg mirrorArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	var o *region.Object
-	if arg.Port.IsNull() {
-		o, err = p.ObjectCreate(ctx, arg.Size, &region.ObjectOptions{PageSize: arg.PageSize})
-	} else {
-		o, err = p.ObjectOpen(ctx, arg.Port)
-	}
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
-	if err != nil {
-		return err
-	}
-	if err := c.send(o.Port()); err != nil {
-		return err
-	}
-	for {
-		var o1 op
-		if err := c.recv(&o1); err != nil {
-			return err
-		}
-		var res opResult
-		switch o1.Kind {
-		case opRead:
-			res.Data = bytes.Clone(r.Bytes()[o1.Off : o1.Off+o1.N])
-		case opReadAt:
-			res.Data = make([]byte, o1.N)
-			_, err = r.ReadAt(res.Data, o1.Off)
-		case opWrite:
-			fill(r.Bytes()[o1.Off:o1.Off+o1.N], o1.Off, o1.Contents)
-		case opWriteAt:
-			b := make([]byte, o1.N)
-			fill(b, o1.Off, o1.Contents)
-			_, err = r.WriteAt(b, o1.Off)
-		case opPageOut:
-			err = r.PageOut(ctx, o1.Off, o1.N)
-		case opPopulate, opPopulateW:
-			err = r.Populate(ctx, o1.Off, o1.N, o1.Kind == opPopulateW)
-		case opDiscard:
-			err = r.Discard(ctx, o1.Off, o1.N)
-		case opAdvise:
-			err = r.Advise(ctx, o1.Off, o1.N, region.Advice(o1.Contents%6))
-		case opSync:
-			err = r.Sync(ctx, o1.Off, o1.N)
-		case opWire:
-			if err = r.Wire(ctx, o1.Off, o1.N); err == nil {
-				err = r.Unwire(ctx, o1.Off, o1.N)
-			}
-		case opSnapshot:
-			var s *region.Object
-			if s, err = o.Snapshot(ctx); err == nil {
-				res.Data, err = readObject(ctx, s, o1.Off, o1.N)
-				err = firstOf(err, s.Close())
-			}
-		case opReadOnly:
-			res.Data, err = readObject(ctx, o, o1.Off, o1.N)
-		case opRemap:
-			if err = r.Close(); err == nil {
-				r, err = o.Map(ctx, nil)
-			}
-		case opEnd:
-			return firstOf(r.Close(), o.Close(), p.Close())
-		}
-		if errors.Is(err, emm.ResourceShortage) && (o1.Kind == opWire || o1.Kind == opPopulate || o1.Kind == opPopulateW) {
-			err = nil // more than the budget: that is the answer
-		}
-		if err != nil {
-			res.Err = err.Error()
-		}
-		if err := c.send(res); err != nil {
-			return err
-		}
-	}
-}
-
-// readObject reads through a read-only mapping of its own.
-func readObject(ctx context.Context, o *region.Object, off, n int64) ([]byte, error) {
-	r, err := o.Map(ctx, &region.MapOptions{ReadOnly: true})
-	if err != nil {
-		return nil, err
-	}
-	b := bytes.Clone(r.Bytes()[off : off+n])
-	return b, r.Close()
-}
-
-// TestMetamorphic runs random lists of operations in several processes on one object, one operation in each at the same time, and compares
-// every byte read with a model in ordinary memory. Operations of one round never write the same byte, nor read one that another
-// writes; but they share pages, and page-outs go where they like. The budget is smaller than the object.
-func TestMetamorphic(t *testing.T) {
+// randomSeed tells how to have the same again.
+func randomSeed(t *testing.T) uint64 {
 	seed := *seedFlag
 	if seed == 0 {
 		seed = rand.Uint64()
 	}
-	t.Logf("rerun with: go test ./internal/e2e -run %s -seed %d", t.Name(), seed)
-	configs := []struct {
-		tasks, pages, pageSize int
-		budget                 int // pages
-		memory                 bool
-	}{
-		{2, 16, 4096, 1000, false}, // few pages: much contention
-		{2, 40, 4096, 8, true},     // the smallest budget
-		{4, 64, 4096, 12, false},
-		{8, 300, 4096, 64, false},
-		{3, 1200, 4096, 700, true}, // more than one 2 MiB extent
-		{3, 40, 65536, 9, true},
-		{2, 5, 2 << 20, 8, true},
-		{1, 3000, 4096, 1000, false},
+	t.Logf("rerun with: go test ./internal/e2e -run '^%s$' -seed %d", t.Name(), seed)
+	return seed
+}
+
+// shape is one configuration of the metamorphic test.
+type shape struct {
+	store    string
+	policy   string
+	tasks    int
+	pageSize int
+	pages    int // of the object
+	budget   int // pages
+}
+
+func (s shape) String() string {
+	return fmt.Sprintf("%s,%s,tasks=%d,pagesize=%d,pages=%d,budget=%d", s.store, s.policy, s.tasks, s.pageSize, s.pages, s.budget)
+}
+
+func (s shape) options() pagerOptions {
+	o := pagerOptions{Resident: int64(s.budget) * int64(s.pageSize), Store: s.store, Policy: s.policy}
+	if s.store == daemon.StoreTiered {
+		o.Compressed = 1 << 20 // so that both tiers are used
 	}
-	each := soak(12*time.Second) / time.Duration(len(configs))
-	for i, cfg := range configs {
-		t.Run(fmt.Sprintf("tasks=%d/pages=%d/pagesize=%d/budget=%d/memory=%v", cfg.tasks, cfg.pages, cfg.pageSize, cfg.budget, cfg.memory), func(t *testing.T) {
-			resident := int64(cfg.budget) * int64(cfg.pageSize)
-			socket, _ := pagerAt(t, pagerOptions{Resident: resident, Memory: cfg.memory})
-			rng := rand.New(rand.NewPCG(seed, uint64(i)))
-			over := watchBudget(t, socket, resident)
-			mirrors(t, rng, socket, cfg.tasks, cfg.pages, cfg.pageSize, each)
-			over()
-		})
+	return o
+}
+
+// randomShapes has every value of every dimension at least once (every number of tasks from 1 to 8, every store and policy and page size), in combinations
+// that are different each time.
+func randomShapes(rng *rand.Rand) []shape {
+	shapes := make([]shape, 8)
+	deal := func(values int, set func(s *shape, value int)) {
+		for i, p := range rng.Perm(len(shapes)) {
+			set(&shapes[i], p%values)
+		}
+	}
+	sizes := [...]struct{ pageSize, least, most int }{{4096, 9, 2000}, {64 << 10, 9, 80}, {2 << 20, 3, 12}}
+	deal(len(daemon.Stores), func(s *shape, v int) { s.store = daemon.Stores[v] })
+	deal(len(policy.Names()), func(s *shape, v int) { s.policy = policy.Names()[v] })
+	deal(len(shapes), func(s *shape, v int) { s.tasks = v + 1 })
+	deal(len(sizes), func(s *shape, v int) {
+		s.pageSize = sizes[v].pageSize
+		s.pages = sizes[v].least + rng.IntN(sizes[v].most-sizes[v].least)
+	})
+	deal(4, func(s *shape, v int) {
+		// The smallest budget, one little above, half of what there is, all of it.
+		s.budget = max(8, []int{8, 9 + rng.IntN(8), s.pages / 2, s.pages + 1}[v])
+	})
+	return shapes
+}
+
+// TestMetamorphic runs random lists of operations in several processes on one object, one operation in each at the same time, and compares
+// every byte read with a model in ordinary memory. Operations of one round never write the same byte, nor read one that another
+// writes; but they share pages, and page-outs go where they like. Never a wrong byte, and never more resident than may be, as the kernel counts.
+func TestMetamorphic(t *testing.T) {
+	seed := randomSeed(t)
+	const turn = 8
+	each := 12 * time.Second / turn
+	until := time.Now().Add(soak(0))
+	for i := uint64(0); i == 0 || time.Now().Before(until); i++ {
+		rng := rand.New(rand.NewPCG(seed, i))
+		for _, s := range randomShapes(rng) {
+			t.Run(s.String(), func(t *testing.T) {
+				o := s.options()
+				socket, _ := pagerAt(t, o)
+				over := watchBudget(t, socket, o.Resident)
+				mirrors(t, rng, socket, s, each, nil)
+				over()
+			})
+		}
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// TestShapes: the metamorphic test leaves nothing out, whatever its seed.
+func TestShapes(t *testing.T) {
+	for seed := range uint64(100) {
+		seen := map[string]bool{}
+		for _, s := range randomShapes(rand.New(rand.NewPCG(seed, 0))) {
+			for _, v := range []any{s.store, s.policy, s.tasks, -s.pageSize} {
+				seen[fmt.Sprint(v)] = true
+			}
+			seen[fmt.Sprint("least ", s.budget == 8)], seen[fmt.Sprint("less ", s.budget < s.pages)] = true, true
+		}
+		want := append(slices.Clone(daemon.Stores), policy.Names()...)
+		want = append(want, "1", "2", "3", "4", "5", "6", "7", "8", "-4096", "-65536", "-2097152", "least true", "less true", "less false")
+		for _, w := range want {
+			if !seen[w] {
+				t.Errorf("seed %d: no %s in %v", seed, w, seen)
+			}
+		}
 	}
 }
 
@@ -226,8 +150,10 @@ func watchBudget(t *testing.T, socket string, budget int64) func() {
 	}
 }
 
-func mirrors(t *testing.T, rng *rand.Rand, socket string, n, pages, pageSize int, d time.Duration) {
-	size := int64(pages*pageSize - rng.IntN(pageSize)) // the last page may be partial
+// mirrors runs the tasks of one configuration for d. After each round it calls progress, if not nil.
+func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Duration, progress func(round int)) {
+	n, pageSize := s.tasks, s.pageSize
+	size := int64(s.pages*pageSize - rng.IntN(pageSize)) // the last page may be partial
 	model := make([]byte, size)
 	ks := make([]*task, n)
 	var port emm.Port
@@ -255,6 +181,8 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, n, pages, pageSize int
 			case opDiscard:
 				a, b := discarded(o, int64(pageSize), size)
 				clear(model[a:max(a, b)])
+			case opSetSize:
+				clear(model[min(roundUp(o.Off, int64(pageSize)), size):])
 			}
 			if errs[i] != nil {
 				ks[i].fail(fmt.Errorf("round %d: %v: %w", rounds, o, errs[i]))
@@ -278,6 +206,9 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, n, pages, pageSize int
 				t.Fatalf("round %d, task %d: %v: %s", rounds, i, o, wrong)
 			}
 		}
+		if progress != nil {
+			progress(rounds)
+		}
 	}
 	for _, k := range ks {
 		k.send(op{Kind: opEnd})
@@ -288,8 +219,10 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, n, pages, pageSize int
 
 // discarded is the whole pages inside a range. The last page of an object may be partial, and then no range has it whole.
 func discarded(o op, pageSize, size int64) (a, b int64) {
-	return min((o.Off+pageSize-1)/pageSize*pageSize, size), (o.Off + o.N) / pageSize * pageSize
+	return min(roundUp(o.Off, pageSize), size), (o.Off + o.N) / pageSize * pageSize
 }
+
+func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
 
 // randomOps makes one operation for each of n tasks, such that their outcome does not depend on their order.
 func randomOps(rng *rand.Rand, n int, size, pageSize int64, version uint64) []op {
@@ -299,6 +232,7 @@ func randomOps(rng *rand.Rand, n int, size, pageSize int64, version uint64) []op
 		write    bool
 	}
 	var taken []span
+	mapped, shrinks := false, false // by one of them
 	free := func(off, n int64, write bool) bool {
 		for _, s := range taken {
 			if off < s.end && s.off < off+n && (write || s.write) {
@@ -326,8 +260,13 @@ func randomOps(rng *rand.Rand, n int, size, pageSize int64, version uint64) []op
 			if o.Kind == opRemap && rng.IntN(8) != 0 {
 				continue
 			}
+			if maps := o.Kind == opRemap || o.Kind == opReadOnly || o.Kind == opSnapshot; maps && shrinks || o.Kind == opSetSize && mapped {
+				continue // what lies beyond the end of the object cannot be mapped
+			} else if maps {
+				mapped = true
+			}
 			switch o.Kind {
-			case opWire, opSnapshot:
+			case opWire, opSnapshot, opSetSize:
 				if rng.IntN(4) != 0 {
 					continue
 				}
@@ -339,9 +278,14 @@ func randomOps(rng *rand.Rand, n int, size, pageSize int64, version uint64) []op
 				}
 			case opWire: // what is wired cannot be discarded
 				a := o.Off / pageSize * pageSize
-				if !free(a, (o.Off+o.N+pageSize-1)/pageSize*pageSize-a, false) {
+				if !free(a, roundUp(o.Off+o.N, pageSize)-a, false) {
 					continue
 				}
+			case opSetSize:
+				if a := roundUp(o.Off, pageSize); a < size && !free(a, size-a, true) {
+					continue
+				}
+				o.N, shrinks = 0, true
 			case opWrite, opWriteAt, opDiscard:
 				if !free(o.Off, o.N, true) {
 					continue
@@ -350,6 +294,9 @@ func randomOps(rng *rand.Rand, n int, size, pageSize int64, version uint64) []op
 			ops[i] = o
 			break
 		}
+	}
+	for i := range ops {
+		ops[i].Shrunk = shrinks
 	}
 	return ops
 }

@@ -108,6 +108,9 @@ type latencies []time.Duration
 
 func (l latencies) at(q float64) time.Duration { return l[min(len(l)-1, int(q*float64(len(l))))] }
 
+// tail is p99, or where there are few samples, what ten of them are above: a single one says nothing of a loaded machine.
+func (l latencies) tail() time.Duration { return l[max(0, min(len(l)-11, len(l)*99/100))] }
+
 func (l latencies) String() string {
 	return fmt.Sprintf("%d: p50 %v, p99 %v, max %v", len(l), l.at(0.5), l.at(0.99), l[len(l)-1])
 }
@@ -222,8 +225,8 @@ func TestSlowManagerSlowsOnlyItsUsers(t *testing.T) {
 				before, during latencies
 			}{{"touches", before.Touch, during.Touch}, {"first writes", before.Protect, during.Protect}, {"syncs", before.Sync, during.Sync}} {
 				t.Logf("%s alone %v; beside a slow manager %v", m.what, m.before, m.during)
-				if limit := m.before.at(0.99) + 10*time.Millisecond; m.during.at(0.99) > limit {
-					t.Errorf("%s: p99 %v beside a slow manager, want at most %v", m.what, m.during.at(0.99), limit)
+				if limit := m.before.tail() + 10*time.Millisecond; m.during.tail() > limit {
+					t.Errorf("%s: %v beside a slow manager, want at most %v", m.what, m.during.tail(), limit)
 				}
 			}
 		})

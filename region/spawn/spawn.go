@@ -48,6 +48,7 @@ type Options struct {
 	Store      string       // where contents go: "file", "memory", "compressed" memory, or "tiered", compressed memory before a file; "": "file"
 	Compressed int64        // bytes of memory that compressed contents may take, beside Resident; 0: of "tiered" half of Resident, else no limit
 	Capacity   int64        // bytes of paging space; 0: what there is
+	Policy     string       // what chooses the pages that go: "refault" or "fifo"; "": "refault"
 	Socket     string       // listen here too, so that other processes can Dial it; "": private
 	Confine    string       // whether the pager gives up its privileges: "auto", "always" or "never"; "": "auto". See Main
 	Executable string       // a machpager binary to run instead of this program; then Main is not needed
@@ -126,7 +127,7 @@ func (o *Options) hello() (hello, string, error) {
 		}
 	}
 	h := hello{Version: helloVersion, Role: roleGuardian, JSON: true, Pipe: true, Config: daemon.Config{
-		Resident: o.Resident, Dir: o.Dir, Store: o.Store, Compressed: o.Compressed, Capacity: o.Capacity, Socket: o.Socket, Confine: o.Confine}}
+		Resident: o.Resident, Dir: o.Dir, Store: o.Store, Compressed: o.Compressed, Capacity: o.Capacity, Policy: o.Policy, Socket: o.Socket, Confine: o.Confine}}
 	h.Level = levelOf(o.Log)
 	if h.Config.Dir == "" {
 		h.Config.Dir = os.TempDir()
