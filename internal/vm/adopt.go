@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/frames"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
@@ -81,6 +82,7 @@ func (v *VM) AdoptObject(opt AdoptOptions) (*Object, Adopted, error) {
 		v.frames.Release(int(o.resident.Load()))
 		return fail(err)
 	}
+	failpoint.Here("adopt.table")
 	v.guaranteed.add(o.room.min) // it was granted then
 	switch def := v.defaultManager(); {
 	case opt.Manager != nil:
@@ -132,6 +134,7 @@ func (o *Object) adopt() (a Adopted, err error) {
 			if err != nil {
 				return a, fmt.Errorf("pages %d to %d: %w", p, end-1, err)
 			}
+			failpoint.Here("adopt.punched")
 			for q := p; q < end; q++ {
 				o.adoptWord(q)
 			}
@@ -294,6 +297,7 @@ func (t *Task) AdoptMapping(o *Object, id uint64, off, size int64, readOnly bool
 		m.Close()
 		return fail(err)
 	}
+	failpoint.Here("adopt.mapping")
 	return m, nil
 }
 
@@ -353,6 +357,7 @@ func (v *VM) Resume() {
 	if err != nil {
 		v.log.Error("resume: frames of files that nobody knows cannot be counted", "err", err)
 	}
+	failpoint.Here("adopt.resume")
 	close(v.resumed)
 	v.begin()
 	for _, t := range tasks {

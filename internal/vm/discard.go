@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
 )
@@ -40,6 +41,7 @@ func (o *Object) Discard(ctx context.Context, off, n int64) error {
 			end++
 		}
 		if end > p {
+			failpoint.Here("discard.taken")
 			o.throwAway(p, end, op)
 			p = end
 			continue
@@ -108,6 +110,7 @@ func (o *Object) throwAway(a, b int64, op *lockOp) {
 
 // discarded ends a discard. Pages that were absent are so again; resident ones go, or stay as they were if the manager could not forget them.
 func (o *Object) discarded(d *dataReturn, result emm.KernReturn) {
+	failpoint.Here("discard.told")
 	for p := d.a; p < d.b; {
 		s, end := o.word(p).State(), p+1
 		for end < d.b && o.word(end).State() == s {
@@ -118,6 +121,7 @@ func (o *Object) discarded(d *dataReturn, result emm.KernReturn) {
 			if _, err := o.file.Punch(p<<o.shift, (end-p)<<o.shift); err != nil { // what a task's own hand put there
 				o.vm.log.Error("discard: punch", "object", o.id, "err", err)
 			}
+			failpoint.Here("discard.punched")
 			o.finishRun(p, end, page.Punched)
 		case result != emm.Success:
 			o.notStored(p, end, d.op)

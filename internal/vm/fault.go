@@ -5,6 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/uffd"
 )
@@ -63,9 +64,11 @@ func (m *Mapping) fault(p int64, f faulter) {
 			return
 		case page.Unprotect:
 			o.touched(m, p, f)
+			failpoint.Here("fault.busy")
 			end := m.dirtyAhead(p, f)
 			m.stats.writeProtect.Add(1) // before the thread is woken
 			m.unprotectRun(p, end)
+			failpoint.Here("fault.unprotected")
 			o.finishRun(p, end, page.Granted)
 			m.latency(f.start)
 			return
@@ -90,6 +93,7 @@ func (m *Mapping) grant(p int64, before page.Word, write bool, f faulter) bool {
 	o := m.obj
 	a, b := m.around(p, f)
 	e := m.cont(a, b, !write || b-a > 1)
+	failpoint.Here("fault.continued")
 	if write && (b-a > 1 || e == unix.EEXIST) {
 		m.unprotect(p)
 	}

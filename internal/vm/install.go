@@ -5,6 +5,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/uffd"
 )
@@ -50,7 +51,9 @@ func (o *Object) fill(r *request, a, b int64, data []byte, precious bool) {
 		return
 	}
 	m.account(need, b-a, data != nil)
+	failpoint.Here("install.begin")
 	bytes, errno := o.place(m, a, b, data, need >= 0 && b-a == 1 && !toWrite && !m.readOnly, uffd.CopyWP)
+	failpoint.Here("install.copied")
 	done := bytes >> o.shift
 	if m.readOnly && done > 0 {
 		m.cont(a, a+done, false)
@@ -74,7 +77,9 @@ func (o *Object) fill(r *request, a, b int64, data []byte, precious bool) {
 	if toWrite && need < mid {
 		o.finishRun(a, need, read)
 		o.finish(need, write) // Dirty before writable
-		m.unprotect(need)     // wakes
+		failpoint.Here("install.dirty")
+		m.unprotect(need) // wakes
+		failpoint.Here("install.unprotected")
 		o.end(need, page.Granted)
 		o.finishRun(need+1, mid, read)
 	} else {
@@ -83,6 +88,7 @@ func (o *Object) fill(r *request, a, b int64, data []byte, precious bool) {
 			m.wake(need, need+1)
 		}
 	}
+	failpoint.Here("install.done")
 	m.accounted(r, need, mid, b, data != nil)
 	switch {
 	case mid == b:
@@ -109,7 +115,9 @@ func (o *Object) fillZeros(r *request, a, b int64) {
 		o.finish(p, page.SupplyWrite)
 	}
 	m.account(r.need, b-a, false)
+	failpoint.Here("install.zeros-dirty")
 	bytes, errno := o.place(m, a, b, nil, true, 0)
+	failpoint.Here("install.zeros-copied")
 	mid := a + (bytes+o.pageSize-1)>>o.shift  // of the last page a part may be there, and written to already: the rest follows when it is touched
 	if r.need > mid && errno == unix.ENOENT { // the mapping has a hole before need
 		o.finishRun(a, mid, page.Granted)
@@ -256,6 +264,7 @@ func (o *Object) copyTo(m *Mapping, addr uint64, off int64, data []byte, mode uf
 			if _, err := o.file.WriteAt(data[done:done+frameSize], off+done); err != nil {
 				return done, errnoOf(err)
 			}
+			failpoint.Here("install.overwritten")
 			if e := m.contBytes(addr+uint64(done), off+done, frameSize, uffd.ContinueMode(mode)); e != 0 && e != unix.EEXIST {
 				return done, e
 			}
@@ -283,6 +292,7 @@ func (o *Object) placeExtent(m *Mapping, a, b int64, data []byte, wp bool) (int6
 	n, err := o.file.WriteAt(o.piece(data, 0, extentSize), a<<o.shift)
 	bytes := int64(n) &^ (o.pageSize - 1)
 	done := bytes >> o.shift
+	failpoint.Here("install.extent-written")
 	if done > 0 {
 		if e := m.cont(a, a+done, wp); e != 0 && e != unix.EEXIST && e != unix.EFAULT {
 			return bytes, 0 // in the file and ours, if in no mapping: a MINOR fault will tell

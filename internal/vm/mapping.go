@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/emm"
 	"machpager/uffd"
 )
@@ -68,6 +69,7 @@ func (t *Task) NewMapping(o *Object, off, size int64, readOnly bool) (*Mapping, 
 	m := newMapping(t, o, o.vm.nextID.Add(1), a<<o.shift, (b-a)<<o.shift, readOnly)
 	o.addMapping(m)
 	t.addMapping(m)
+	failpoint.Here("map.made")
 	return m, f, nil
 }
 
@@ -101,17 +103,21 @@ func (m *Mapping) Start(addr uint64) error {
 	if old := m.spans.Load(); len(*old) != 0 || !m.spans.CompareAndSwap(old, &[]span{{addr: addr, off: m.off, n: m.size}}) {
 		return fmt.Errorf("map object: started twice: %w", emm.InvalidArgument)
 	}
+	failpoint.Here("map.start")
 	return m.task.mapped(m)
 }
 
 // Close ends the mapping, when the task has unmapped it or is gone. Idempotent.
 func (m *Mapping) Close() {
+	failpoint.Here("unmap.begin")
 	if !m.gate.close() {
 		return
 	}
 	m.unwireAll()
+	failpoint.Here("unmap.unwired")
 	m.task.removeMapping(m)
 	m.obj.removeMapping(m)
+	failpoint.Here("unmap.done")
 }
 
 // pages is the range of the object's pages that m maps.

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/frames"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
@@ -94,6 +95,7 @@ func (v *VM) NewObject(opt ObjectOptions) (*Object, error) {
 	if o.table, err = v.newTable(o.id, o.size>>o.shift*8); err != nil {
 		return nil, fmt.Errorf("create object: page table of %d pages: %w", o.size>>o.shift, err)
 	}
+	failpoint.Here("create.table")
 	o.words = o.table.Words()[:o.size>>o.shift]
 	o.limit.Store(o.size >> o.shift)
 	if o.file, err = v.frames.NewFile(o.size); err != nil {
@@ -108,6 +110,7 @@ func (v *VM) NewObject(opt ObjectOptions) (*Object, error) {
 	if opt.Manager != nil {
 		o.bind(opt.Manager, opt.Port)
 	}
+	failpoint.Here("create.file")
 	v.mu.Lock()
 	v.objects[o.id] = o
 	v.mu.Unlock()
@@ -316,6 +319,7 @@ func (o *Object) adoptManager() (*binding, error) {
 	if kr := def.Create(h, o.port, o.size, int(o.pageSize)); kr.Err() != nil {
 		return nil, fmt.Errorf("page out object %d: the default manager refused it: %w", o.id, kr)
 	}
+	failpoint.Here("pageout.created")
 	o.control.initialised.Store(true)
 	o.binding.Store(b)
 	return b, nil
@@ -335,6 +339,7 @@ func (o *Object) Terminate() {
 			o.vm.log.Warn("object ended with contents that its manager did not take", "object", o.id, "err", err)
 		}
 	}
+	failpoint.Here("terminate.returned")
 	o.syncs.end(emm.InvalidObject)
 	if !o.gate.close() {
 		return
@@ -354,7 +359,9 @@ func (o *Object) Terminate() {
 		own.unmapOwn()
 	}
 	o.vm.token.drop(nil, o)
+	failpoint.Here("terminate.told")
 	o.file.Close()
+	failpoint.Here("terminate.emptied")
 	o.vm.policy.Forget(o.frameRun(0, o.npages()))
 	o.vm.frames.Release(int(o.resident.Swap(0))) // what is stuck is among them
 	o.vm.guaranteed.add(-o.room.min)

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
 )
@@ -166,6 +167,7 @@ func waitFor(ctx context.Context, wg *sync.WaitGroup) error {
 // pushRun cleans the Cleaning pages and evicts the Evicting pages of [a, b), all owned by the caller. It returns when all is handed on; an error means that the rest
 // was given back.
 func (o *Object) pushRun(ctx context.Context, a, b int64, flush bool, op *lockOp) error {
+	failpoint.Here("pageout.taken")
 	dirty := false
 	for p := a; p < b; p++ {
 		if o.word(p).State() == page.Cleaning {
@@ -178,6 +180,7 @@ func (o *Object) pushRun(ctx context.Context, a, b int64, flush bool, op *lockOp
 			m.protect(a, b) // the list is read after the words were taken: whoever was granted access before is in it
 		}
 	}
+	failpoint.Here("pageout.protected")
 	var failed error
 	for p := a; p < b; {
 		s, end := o.word(p).State(), p+1
@@ -224,6 +227,7 @@ func (o *Object) giveBack(ctx context.Context, a, b int64, flush bool, op *lockO
 		o.notStored(a, b, op)
 		return fmt.Errorf("page out: read frames: %w", err)
 	}
+	failpoint.Here("pageout.read")
 	// Pages of a vm_allocate object go by data_initialize the first time. Given is set before they are sent, so that contents are never sent
 	// as initial again: the manager would ignore them.
 	for p := a; p < b; {
@@ -263,6 +267,7 @@ func (o *Object) send(bind *binding, d *dataReturn, data []byte, first, owns boo
 	o.returns = append(o.returns, d)
 	o.reqMu.Unlock()
 	o.stats.returned.Add(d.b - d.a)
+	failpoint.Here("pageout.return")
 	var kr emm.KernReturn
 	if first {
 		kr = bind.def.DataInitialize(bind.head(o), d.a<<o.shift, data)
@@ -309,6 +314,7 @@ func (o *Object) landed(d *dataReturn) {
 
 // returned ends a return: the manager has the contents, or not.
 func (o *Object) returned(d *dataReturn, result emm.KernReturn) {
+	failpoint.Here("pageout.completed")
 	switch {
 	case result != emm.Success:
 		o.vm.counters.notStored.Add(d.b - d.a)
@@ -325,6 +331,7 @@ func (o *Object) returned(d *dataReturn, result emm.KernReturn) {
 				end++
 			}
 			if end > p {
+				failpoint.Here("pageout.stored")
 				o.punch(p, end, d.op)
 				p = end
 				continue
@@ -364,7 +371,9 @@ func (o *Object) punch(a, b int64, op *lockOp) {
 		o.vm.log.Error("punch", "object", o.id, "off", a<<o.shift, "size", (b-a)<<o.shift, "err", err)
 	}
 	o.stats.evicted.Add(b - a)
+	failpoint.Here("pageout.punched")
 	o.finishRun(a, b, page.Punched)
+	failpoint.Here("pageout.absent")
 	if left > 0 {
 		o.stuck.Add(left / frameSize)
 	}

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
 )
@@ -213,6 +214,7 @@ func (m *Mapping) grantRun(a, b int64, write bool) bool {
 			p++
 			continue
 		}
+		failpoint.Here("populate.busy")
 		e := m.cont(p, end, !write)
 		if write && e != 0 && e != unix.EFAULT { // some were mapped already
 			m.unprotectRun(p, end)

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sync"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
 )
@@ -46,6 +47,7 @@ func (o *Object) request(m *Mapping, p int64, f faulter, heal bool) {
 		return
 	}
 	a, b, stream := m.ahead(p, f)
+	failpoint.Here("request.taken")
 	r := requests.Get().(*request)
 	*r = request{m: m, a: a, b: b, need: p, f: f, write: f.ev != page.FaultRead, stream: stream, heal: heal}
 	o.ask(r)
@@ -114,6 +116,7 @@ func (o *Object) ask(r *request) {
 		return
 	}
 	run := emm.Run{Off: first << o.shift, Size: (end - first) << o.shift}
+	failpoint.Here("request.ask")
 	if kr := b.manager.DataRequest(b.head(o), run, need, access); kr.Err() != nil {
 		// It has dropped the message: nothing more will come for what it did not answer.
 		o.vm.log.Warn("data request refused", "object", o.id, "off", run.Off, "size", run.Size, "result", kr)

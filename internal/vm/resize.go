@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/emm"
 )
 
@@ -21,6 +22,7 @@ func (o *Object) SetSize(ctx context.Context, n int64) error {
 	defer o.resizeMu.Unlock()
 	pages := (n + o.pageSize - 1) >> o.shift
 	old := o.limit.Swap(pages)
+	failpoint.Here("resize.limit")
 	if pages >= old {
 		return nil
 	}
@@ -28,5 +30,6 @@ func (o *Object) SetSize(ctx context.Context, n int64) error {
 		o.limit.Store(old) // what could not be forgotten must not come back as something new
 		return fmt.Errorf("set size of object: %w", err)
 	}
+	failpoint.Here("resize.discarded")
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/emm"
 )
 
@@ -33,11 +34,14 @@ func (o *Object) Snapshot(ctx context.Context, save func(port emm.Port) error) e
 		o.freeze.Unlock()
 		o.wake(0, o.npages())
 	}()
+	failpoint.Here("snapshot.frozen")
 	if err := o.lockRange(ctx, 0, o.npages(), emm.ReturnAll, false); err != nil {
 		return fmt.Errorf("snapshot: clean the object: %w", err)
 	}
+	failpoint.Here("snapshot.clean")
 	if err := save(b.port); err != nil {
 		return fmt.Errorf("snapshot: %w", err)
 	}
+	failpoint.Here("snapshot.saved")
 	return nil
 }

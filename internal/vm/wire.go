@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/vm/page"
 	"machpager/pager/emm"
 )
@@ -51,6 +52,7 @@ func (m *Mapping) Wire(ctx context.Context, off, n int64) error {
 		m.unwire(a, done)
 		return fmt.Errorf("wire: the budget of %d bytes would be all wired, or a page is wired too often: %w", o.vm.frames.Budget(), emm.ResourceShortage)
 	}
+	failpoint.Here("wire.counted")
 	if err := m.Populate(ctx, off, n, !m.readOnly); err != nil {
 		m.unwire(a, b)
 		return fmt.Errorf("wire: %w", err)
