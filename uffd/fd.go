@@ -35,6 +35,13 @@ func FromFd(fd int) *FD {
 	return newFD(fd, 0, err == nil && flags&unix.O_NONBLOCK == 0)
 }
 
+// FromFdNonblock is FromFd, and Reads never wait, whatever anybody who has the userfaultfd makes of its O_NONBLOCK, before this call or at any time after. It
+// sets O_NONBLOCK, for kernels older than 6.10, which have no other way.
+func FromFdNonblock(fd int) *FD {
+	unix.SetNonblock(fd, true) // it fails for no userfaultfd, and Read says so
+	return newFD(fd, 0, false)
+}
+
 // Fd returns the descriptor's number, for poll(2) or to send it to another process. It is valid until Close.
 func (u *FD) Fd() int { return u.fd }
 

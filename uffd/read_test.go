@@ -26,9 +26,26 @@ func TestReadOfDescriptorMadeBlocking(t *testing.T) {
 	if err := unix.SetNonblock(u.Fd(), false); err != nil {
 		t.Fatal(err)
 	}
+	neverWaits(t, u)
+
+	// And who took it over while it was blocking.
+	other, err := unix.Dup(u.Fd())
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := FromFdNonblock(other)
+	defer o.Close()
+	if err := unix.SetNonblock(u.Fd(), false); err != nil {
+		t.Fatal(err)
+	}
+	neverWaits(t, o)
+}
+
+func neverWaits(t *testing.T, u *FD) {
+	t.Helper()
 	done := make(chan error, 1)
 	go func() {
-		_, err := u.Read(msgs[:])
+		_, err := u.Read(make([]Msg, 4))
 		done <- err
 	}()
 	select {

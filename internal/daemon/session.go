@@ -141,11 +141,8 @@ func (s *session) takeUffd(ctx context.Context, q ipc.TaskUffd, raw int) error {
 		unix.Close(raw)
 		return fmt.Errorf("take userfaultfd: this connection has handed one over already: %w", emm.InvalidArgument)
 	}
-	err := unix.SetNonblock(raw, true)
-	if err == nil {
-		err = s.putTask(ctx, raw)
-	}
-	fd := uffd.FromFd(raw)
+	err := s.putTask(ctx, raw)
+	fd := uffd.FromFdNonblock(raw)
 	var task *vm.Task
 	if err == nil {
 		task, err = s.d.vm.NewTask(fd, int(s.peer.Pid))

@@ -203,7 +203,7 @@ func (t *table) end(id uint64) {
 		return
 	}
 	t.held-- // the ending's
-	e := newEnding(uffd.FromFd(k.fd), ranges, t.log.With("task", string(k.tail)))
+	e := newEnding(uffd.FromFdNonblock(k.fd), ranges, t.log.With("task", string(k.tail)))
 	t.ending[id] = e
 	poisoned := make(chan struct{})
 	go func() {
