@@ -153,7 +153,7 @@ func verify(t testing.TB, s *Store) {
 
 // Random overwrites with pages of all sizes, in the pager's way: new slot first. What is free inside of slabs stays within its bounds.
 func TestFragmentationIsBounded(t *testing.T) {
-	const pages = 16384
+	const pages = 8192
 	s := open(t, Options{})
 	rng := rand.New(rand.NewPCG(1, 1))
 	slots, seeds := make([]store.Slot, pages), make([][2]int, pages)
@@ -173,7 +173,7 @@ func TestFragmentationIsBounded(t *testing.T) {
 	}
 	// A piece is a sixteenth larger than what is in it at most, or 16 bytes; an eighth of a class's pieces is free; and a slab of each class.
 	bound := func(st Stats) int64 { return (st.Bytes+16*pages)*17/16*8/7 + int64(len(sizes))*slabSize }
-	for round := range 5 { // what is stored changes its size over and over
+	for round := range 4 { // what is stored changes its size over and over
 		for range pages {
 			put(rng.IntN(pages), rng.IntN(20*(round+1)+1))
 		}

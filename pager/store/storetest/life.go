@@ -2,9 +2,11 @@ package storetest
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -41,6 +43,18 @@ func (k Kind) String() string {
 var words = strings.Fields(`the kernel returns a page to its manager which writes it into paging space and answers when contents are stored there
 	so that no thread ever sees anything else than what was written last func err nil != return if for range store slot op Data fmt Errorf`)
 
+// text is words in random order.
+var text = func() (b []byte) {
+	rng := rand.New(rand.NewPCG(7, 7))
+	for len(b) < 1<<18 {
+		b = append(append(b, words[rng.IntN(len(words))]...), " \n\t,"[rng.IntN(4)])
+	}
+	return b
+}()
+
+// soak is for how long tests go on that are short otherwise: MACHPAGER_SOAK, a duration. 0: they are short.
+var soak, _ = time.ParseDuration(os.Getenv("MACHPAGER_SOAK"))
+
 // FillKind makes contents of one kind, different for each seed but for zeros.
 func FillKind(b []byte, k Kind, seed uint64) {
 	clear(b)
@@ -56,12 +70,10 @@ func FillKind(b []byte, k Kind, seed uint64) {
 				n /= 2
 				Fill(page[n:], rng.Uint64())
 			}
-			for i := 0; i < n; {
-				i += copy(page[i:n], words[rng.IntN(len(words))])
-				if i < n {
-					page[i] = " \n\t,"[rng.IntN(4)]
-					i++
-				}
+			at := rng.IntN(len(text) - n)
+			copy(page[:n], text[at:at+n])
+			for i := 0; i+8 <= n; i += 512 { // no page is another's
+				binary.LittleEndian.PutUint64(page[i:], rng.Uint64())
 			}
 		case Random:
 			Fill(page, rng.Uint64())
@@ -127,7 +139,7 @@ func testDiscard(t *testing.T, h Harness) {
 
 // Filling and emptying for a while leaks nothing: the last round has the room of the first.
 func testFillEmptyFill(t *testing.T, h Harness) {
-	const capacity = 2048
+	const capacity = 1024
 	s := h.open(t, capacity*store.SlotSize)
 	rng := rand.New(rand.NewPCG(3, 3))
 	b := make([]byte, 64*store.SlotSize)
@@ -136,7 +148,7 @@ func testFillEmptyFill(t *testing.T, h Harness) {
 		n    int
 	}
 	rounds := 0
-	for end := time.Now().Add(time.Second); time.Now().Before(end) || rounds < 3; rounds++ {
+	for end := time.Now().Add(soak); rounds < 5 || time.Now().Before(end); rounds++ {
 		var have []run
 		total := 0
 		for total < capacity {
@@ -175,16 +187,16 @@ func testFaultAtEveryCall(t *testing.T, h Harness) {
 	} {
 		f := NewFaulty(h.open(t, 0))
 		l := NewLife(f, 7)
-		for k := 0; k < 60; k += 3 {
+		for k, end := 0, time.Now().Add(soak/5); k < 30 || time.Now().Before(end); k += 3 {
 			fault := fault
-			if fault.Label, fault.Skip, fault.Times = label, k%30, 1; fault.On == 0 {
+			if fault.Label, fault.Skip, fault.Times = label, k%31, 1; fault.On == 0 {
 				fault.On = OnAlloc | OnRead | OnWrite | OnView
 			}
 			off := f.Inject(fault)
 			l.Step(20)
 			off()
 			if err := l.Verify(); err != nil {
-				t.Fatalf("%s at call %d: %v", label, k%30, err)
+				t.Fatalf("%s at call %d: %v", label, k%31, err)
 			}
 		}
 		if f.Hits(label) == 0 {

@@ -65,7 +65,7 @@ func (r Restart) Run(t *testing.T) {
 		}
 		slices.Sort(names)
 		rng := rand.New(rand.NewPCG(1, uint64(len(names))))
-		for round := range 2 {
+		for round := range 1 + int(soak/(10*time.Second)) {
 			for i, name := range names {
 				if hits[name] <= 4 { // it comes at the beginning only
 					l = newLasting(t, r.Memories, r.Files)

@@ -445,7 +445,7 @@ func testRebuildTwiceUsed(t *testing.T, h Harness) {
 }
 
 func testConcurrency(t *testing.T, h Harness) {
-	const workers, rounds = 8, 150
+	const workers, rounds = 8, 80
 	s := h.open(t, workers*64*store.SlotSize)
 	var wg sync.WaitGroup
 	errs := make(chan error, workers)

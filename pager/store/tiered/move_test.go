@@ -145,7 +145,7 @@ func TestFailingTiers(t *testing.T) {
 			x := open(t, Options{Promote: promote, Reserve: 1 << 17}, 1<<18)
 			l := storetest.NewLife(x.s, 11)
 			all := storetest.OnAlloc | storetest.OnRead | storetest.OnWrite
-			for round := range 120 {
+			for round := range 64 {
 				tier := []*storetest.Faulty{x.fast, x.slow}[round%2]
 				fault := []storetest.Fault{
 					{Label: "EIO", Err: unix.EIO},

@@ -102,16 +102,18 @@ func openPlain(t testing.TB, o Options, limit int64) *tiers {
 }
 
 func TestConformance(t *testing.T) {
-	for name, limit := range map[string]int64{"all fits the fast tier": 256 << 20, "half fits": 1 << 20, "little fits": 128 << 10} {
-		for _, promote := range []bool{false, true} {
-			t.Run(name, func(t *testing.T) {
-				storetest.Run(t, storetest.Harness{
-					New: func(t testing.TB, capacity int64) store.Store {
-						return openPlain(t, Options{Capacity: capacity, Promote: promote}, limit).s
-					},
-					Corrupt: flip,
-				})
+	for _, c := range []struct {
+		name    string
+		limit   int64
+		promote bool
+	}{{"all fits the fast tier", 256 << 20, false}, {"half fits", 1 << 20, false}, {"half fits, promoted", 1 << 20, true}, {"little fits, promoted", 128 << 10, true}} {
+		t.Run(c.name, func(t *testing.T) {
+			storetest.Run(t, storetest.Harness{
+				New: func(t testing.TB, capacity int64) store.Store {
+					return openPlain(t, Options{Capacity: capacity, Promote: c.promote}, c.limit).s
+				},
+				Corrupt: flip,
 			})
-		}
+		})
 	}
 }
