@@ -21,7 +21,7 @@ import (
 const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
 func newServe() *cobra.Command {
-	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreFile}}
+	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreTiered}}
 	resident, compressed, capacity := size(0), size(0), size(0)
 	var grace time.Duration
 	c := &cobra.Command{

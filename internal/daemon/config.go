@@ -19,7 +19,7 @@ import (
 // Config is what a pager is told at its start. It travels from process to process as JSON.
 type Config struct {
 	Resident   int64       // bytes of memory all objects together may occupy; 0: half of what is available
-	Store      string      // where contents go: one of Stores; "": StoreFile
+	Store      string      // where contents go: one of Stores; "": StoreTiered
 	Dir        string      // of StoreFile and StoreTiered: where the unlinked paging file is made; "": os.TempDir()
 	Compressed int64       // bytes of memory that compressed contents may take, beside Resident; 0: of StoreTiered half of Resident, else no limit
 	Capacity   int64       // bytes of paging space; 0: no limit of its own

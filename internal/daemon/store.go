@@ -28,7 +28,7 @@ var Stores = []string{StoreFile, StoreMemory, StoreCompressed, StoreTiered}
 // openStore opens the kind of paging space that c names; c.Resident is the budget, not 0. backing is the part of it that is files, nil: none is.
 func openStore(c Config, log *slog.Logger) (s store.Store, backing *files.Store, err error) {
 	switch c.Store {
-	case "", StoreFile:
+	case StoreFile:
 		backing, err = openFiles(c, c.Capacity)
 		if err != nil {
 			return nil, nil, err
@@ -47,7 +47,7 @@ func openStore(c Config, log *slog.Logger) (s store.Store, backing *files.Store,
 	case StoreCompressed:
 		s, err = openCompressed(c.Capacity, c.Compressed)
 		return s, nil, err
-	case StoreTiered:
+	case "", StoreTiered:
 		return openTiered(c, log)
 	}
 	return nil, nil, fmt.Errorf("open paging space: kind %q: want one of %q: %w", c.Store, Stores, emm.InvalidArgument)

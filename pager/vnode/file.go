@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/pager/emm"
 )
 
@@ -47,6 +48,11 @@ func File(f *os.File, size int64, o *Options) (*Pager, error) {
 		return nil, fmt.Errorf("open file: %w", err)
 	}
 	c := &file{f: f, raw: raw, size: size, block: st.block}
+	if o != nil {
+		if c.onLost = o.OnLost; o.Lost {
+			c.lost = fmt.Errorf("fdatasync failed in an earlier pager: what is on the device is unknown: %w", emm.MemoryFailure)
+		}
+	}
 	c.end.Store(min(st.size, size))
 	return newPager(c, st.writable, o), nil
 }
@@ -115,6 +121,8 @@ type file struct {
 	never atomic.Bool     // the file system does not read without waiting
 	end   atomic.Int64    // bytes that the file has, as far as we know: it only grows, so a file that is shorter was truncated
 
+	onLost func()         // immutable; nil: nobody is told
+
 	syncMu sync.Mutex
 	lost   error // guarded by syncMu: what fdatasync said when it failed
 }
@@ -171,7 +179,9 @@ func (c *file) write(p []byte, off int64) error {
 			return fmt.Errorf("write %d bytes at %d: the file has %d bytes, where there were %d: %w", len(p), off, has, end, ErrTruncated)
 		}
 	}
+	failpoint.Here("vnode.write")
 	n, err := c.f.WriteAt(p, off)
+	failpoint.Here("vnode.written")
 	if n > 0 {
 		c.grown(off + int64(n))
 	}
@@ -190,6 +200,7 @@ func (c *file) sync() error {
 	if c.lost != nil {
 		return c.lost
 	}
+	failpoint.Here("vnode.sync")
 	var err error
 	cerr := c.raw.Control(func(fd uintptr) {
 		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
@@ -197,7 +208,11 @@ func (c *file) sync() error {
 		}
 	})
 	err = errors.Join(err, cerr)
+	failpoint.Here("vnode.synced")
 	if err != nil {
+		if c.onLost != nil {
+			c.onLost()
+		}
 		c.lost = fmt.Errorf("fdatasync: what is on the device is unknown from now on: %w: %w", emm.MemoryFailure, err)
 	}
 	return c.lost

@@ -3,7 +3,16 @@
 //
 // A [Pager] manages one object. Its pages come on demand, a request of several pages by one read; what was changed goes back by one write for each
 // run of pages that is returned: at page-out, at Sync, and when the object ends. A return is completed when the write has returned; a Synchronize when the
-// contents are on stable storage as well. No page is torn but by what pwrite(2) itself tears when a machine dies.
+// contents are on stable storage as well.
+//
+// # Crashes
+//
+// Nothing but the contents themselves outlives a Pager. When its process is killed, the vm still has every page whose return was not completed, dirty, and returns it to the
+// next Pager over the same file; so a write that was cut short is made again. When the vm and its frames are lost as well, what was synchronised is in the file, and of other pages
+// the old contents or the new. When the machine dies, that holds for what was synchronised; a page that was being written to the device then may be
+// torn, half of it old and half new, where the device does not write 4096 bytes as one. A plain file cannot tell: there is no place for a checksum in it, and none is kept beside it, for it would have to be on the
+// device before each write. Contents that must be checked belong behind a ReaderWriterAt that has checksums, which answers a torn page with an error; paging space
+// (package store) has them for every slot.
 //
 // # Ends
 //
@@ -49,6 +58,11 @@ const maxCluster = 2 << 20
 type Options struct {
 	Workers int          // reads and writes at once; 0: DefaultWorkers
 	Log     *slog.Logger // nil: slog.Default, whose text a spawned pager hands to its parent's log
+
+	// For File: OnLost is called when Sync fails for the first time, before that is told. The kernel will not tell it again, so who hands the file to another File after a crash says so
+	// with Lost, and Sync fails there from the beginning.
+	OnLost func()
+	Lost   bool
 }
 
 // Pager is the manager of one object. It holds what it was made of until Close.

@@ -45,7 +45,7 @@ type Manager = daemon.Manager
 type Options struct {
 	Resident   int64        // bytes of memory all objects together may occupy; 0: half of what is available (cgroup limits included)
 	Dir        string       // where paging files go; "": os.TempDir()
-	Store      string       // where contents go: "file", "memory", "compressed" memory, or "tiered", compressed memory before a file; "": "file"
+	Store      string       // where contents go: "file", "memory", "compressed" memory, or "tiered", compressed memory before a file; "": "tiered"
 	Compressed int64        // bytes of memory that compressed contents may take, beside Resident; 0: of "tiered" half of Resident, else no limit
 	Capacity   int64        // bytes of paging space; 0: what there is
 	Policy     string       // what chooses the pages that go: "refault" or "fifo"; "": "refault"
