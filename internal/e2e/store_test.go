@@ -349,7 +349,7 @@ func damagedTask(c *conn) error {
 		return err
 	}
 	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{Dir: dir})
+	p, err := startPager(ctx, spawn.Options{Dir: dir, Store: daemon.StoreFile})
 	if err != nil {
 		return err
 	}

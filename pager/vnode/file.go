@@ -121,7 +121,7 @@ type file struct {
 	never atomic.Bool     // the file system does not read without waiting
 	end   atomic.Int64    // bytes that the file has, as far as we know: it only grows, so a file that is shorter was truncated
 
-	onLost func()         // immutable; nil: nobody is told
+	onLost func() // immutable; nil: nobody is told
 
 	syncMu sync.Mutex
 	lost   error // guarded by syncMu: what fdatasync said when it failed

@@ -48,12 +48,11 @@ type Options struct {
 
 // Store is a store in a file.
 type Store struct {
-	file    *os.File     // immutable
-	io      transfer     // immutable
-	sums    store.Memory // grown under growMu
-	alloc   *store.Allocator
-	slack   uint64 // immutable; slots
-	bounded bool   // immutable
+	file  *os.File     // immutable
+	io    transfer     // immutable
+	sums  store.Memory // grown under growMu
+	alloc *store.Allocator
+	slack uint64 // immutable; slots
 
 	growMu sync.Mutex
 	table  atomic.Pointer[[]byte] // all of sums; replaced under growMu
@@ -136,7 +135,7 @@ func start(o *Options, f *os.File, sums store.Memory, t transfer) *Store {
 	if workers <= 0 {
 		workers = 4
 	}
-	s := &Store{file: f, io: t, sums: sums, alloc: store.NewAllocator(uint64(o.Capacity / store.SlotSize)), slack: uint64(slack / store.SlotSize), bounded: o.Capacity > 0}
+	s := &Store{file: f, io: t, sums: sums, alloc: store.NewAllocator(uint64(o.Capacity / store.SlotSize)), slack: uint64(slack / store.SlotSize)}
 	s.more.L = &s.mu
 	s.done = make(chan struct{})
 	b := sums.Bytes()
@@ -389,16 +388,35 @@ func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
 	return nil
 }
 
-// Info tells the capacity; without one, what is used and what the file and its file system have room for.
-func (s *Store) Info() store.Info {
+// Room is what a store can still take, in bytes.
+type Room struct {
+	Bound  int64  // what its capacity leaves
+	Held   int64  // of the file's place on the file system, what no slot uses
+	Device uint64 // the file system
+	Avail  int64  // what the file system has free, for all who are on it
+}
+
+// Room tells what there is room for.
+func (s *Store) Room() Room {
 	capacity, used, _ := s.alloc.Counts()
-	i := store.Info{Total: int64(capacity) * store.SlotSize, Used: int64(used) * store.SlotSize}
+	r := Room{Bound: int64(capacity-used) * store.SlotSize}
 	var fs unix.Statfs_t
 	var st unix.Stat_t
-	if !s.bounded && !s.isClosed() && unix.Fstatfs(int(s.file.Fd()), &fs) == nil && unix.Fstat(int(s.file.Fd()), &st) == nil {
-		i.Total = max(i.Used, st.Blocks*512+int64(fs.Bavail)*fs.Bsize) // freed slots may have their place in the file still, and new ones none yet
+	if s.isClosed() || unix.Fstatfs(int(s.file.Fd()), &fs) != nil || unix.Fstat(int(s.file.Fd()), &st) != nil {
+		r.Avail = r.Bound
+		return r
 	}
-	i.Free = i.Total - i.Used
+	r.Device, r.Avail = st.Dev, int64(fs.Bavail)*fs.Bsize
+	r.Held = max(0, st.Blocks*512-int64(used)*store.SlotSize) // freed slots may have their place still, and new ones none yet
+	return r
+}
+
+// Info tells what is used, and what the capacity, the file and its file system have room for.
+func (s *Store) Info() store.Info {
+	_, used, _ := s.alloc.Counts()
+	r := s.Room()
+	i := store.Info{Used: int64(used) * store.SlotSize, Free: min(r.Bound, r.Held+r.Avail) &^ (store.SlotSize - 1)}
+	i.Total = i.Used + i.Free
 	return i
 }
 

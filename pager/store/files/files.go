@@ -61,8 +61,9 @@ type Options struct {
 // Store is a store in several files.
 type Store struct {
 	*indirect.Store
-	mu    sync.Mutex      // not held for I/O, but by Create
-	files map[ID]*backing // guarded by mu
+	mu     sync.Mutex      // not held for I/O
+	files  map[ID]*backing // guarded by mu
+	making map[ID]bool     // guarded by mu; numbers of files that are being made
 }
 
 // backing is a paging file.
@@ -85,7 +86,7 @@ func New(o *Options) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make store of paging files: %w", err)
 	}
-	s := &Store{Store: in, files: make(map[ID]*backing)}
+	s := &Store{Store: in, files: make(map[ID]*backing), making: make(map[ID]bool)}
 	for _, f := range o.Files {
 		if _, err := s.Create(f); err != nil {
 			s.Close()
@@ -97,26 +98,45 @@ func New(o *Options) (*Store, error) {
 
 // Create adds a paging file (default_pager_backing_store_create, _add_segment). It may be used when Create returns.
 func (s *Store) Create(f File) (ID, error) {
+	id, err := s.number(f.ID)
+	if err != nil {
+		return 0, fmt.Errorf("create paging file: %w", err)
+	}
+	b, err := s.make(id, f)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	select {
-	case <-s.Closed():
-		return 0, fmt.Errorf("create paging file: %w", store.ErrClosed)
-	default:
+	delete(s.making, id)
+	if err != nil {
+		return 0, fmt.Errorf("create paging file %d: %w", id, err)
 	}
-	id := f.ID
-	for id == 0 || f.ID == 0 && s.files[id] != nil {
-		if id++; id > MaxID {
-			return 0, fmt.Errorf("create paging file: there are %d: %w", len(s.files), unix.EMFILE)
+	s.files[id] = b
+	s.reorder()
+	return id, nil
+}
+
+// number takes a number for a file that is to be made: id, or, if that is 0, any that is free.
+func (s *Store) number(id ID) (ID, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	taken := func(id ID) bool { return s.files[id] != nil || s.making[id] }
+	if id == 0 {
+		for id = 1; taken(id); id++ {
 		}
+		if id > MaxID {
+			return 0, fmt.Errorf("there are %d: %w", len(s.files), unix.EMFILE)
+		}
+	} else if id > MaxID || taken(id) {
+		return 0, fmt.Errorf("the number %d is taken, or not 1 to %d: %w", id, MaxID, unix.EEXIST)
 	}
-	if s.files[id] != nil || id > MaxID {
-		return 0, fmt.Errorf("create paging file %d: the number is taken: %w", id, unix.EEXIST)
-	}
+	s.making[id] = true
+	return id, nil
+}
+
+// make makes the file, of a number that nobody else has. It may take its time, so it is without the lock.
+func (s *Store) make(id ID, f File) (b *backing, err error) {
 	if f.Sums != nil {
-		var err error
 		if f.Options.Sums, err = f.Sums(id); err != nil {
-			return 0, fmt.Errorf("create paging file %d: memory of checksums: %w", id, err)
+			return nil, fmt.Errorf("memory of checksums: %w", err)
 		}
 	}
 	st, err := file.New(&f.Options)
@@ -124,25 +144,30 @@ func (s *Store) Create(f File) (ID, error) {
 		if f.Sums != nil {
 			f.Options.Sums.Close()
 		}
-		return 0, fmt.Errorf("create paging file: %w", err)
+		return nil, err
 	}
-	p, err := s.Add(uint8(id), st, nil)
-	if err != nil {
-		st.Close()
-		return 0, fmt.Errorf("create paging file: %w", err)
-	}
+	defer func() {
+		if err != nil {
+			st.Close()
+		}
+	}()
 	if f.Keep != nil {
 		failpoint.Here("files.keep")
 		if err := f.Keep(id, st.File()); err != nil {
-			s.Drop(p)
-			st.Close()
-			return 0, fmt.Errorf("create paging file %d: keep it: %w", id, err)
+			return nil, fmt.Errorf("keep it: %w", err)
 		}
 		failpoint.Here("files.kept")
 	}
-	s.files[id] = &backing{id: id, priority: f.Priority, part: p, file: st}
-	s.reorder()
-	return id, nil
+	p, err := s.Add(uint8(id), st, nil)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-s.Closed(): // perhaps too late for it to be closed with the others
+		return nil, store.ErrClosed
+	default:
+	}
+	return &backing{id: id, priority: f.Priority, part: p, file: st}, nil
 }
 
 // reorder tells where to write from now on. Called with mu.
@@ -180,7 +205,7 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 	s.mu.Unlock()
 
 	var err error
-	if need, free := b.part.Used()*store.SlotSize, s.Room(); need > free {
+	if need, free := b.part.Used()*store.SlotSize, s.roomWithout(b); need > free {
 		err = fmt.Errorf("it has %d bytes, and the others have room for %d: %w", need, free, store.ErrNoSpace)
 	} else {
 		err = s.Remove(ctx, b.part)
@@ -198,6 +223,48 @@ func (s *Store) Delete(ctx context.Context, id ID) error {
 		return fmt.Errorf("delete paging file %d: %w", id, err)
 	}
 	return nil
+}
+
+// roomWithout is what all files but one have room for, and those on their way out; what files on one file system share counts once. What the one gives up where it is, others there can take.
+func (s *Store) roomWithout(one *backing) int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.room(one)
+}
+
+// room is roomWithout. Called with mu.
+func (s *Store) room(one *backing) (free int64) {
+	type system struct{ avail, more int64 } // free, and how much of it the files there may take
+	systems := map[uint64]*system{}
+	for _, b := range s.files {
+		r := b.file.Room()
+		fs := systems[r.Device]
+		if fs == nil {
+			fs = &system{avail: r.Avail}
+			systems[r.Device] = fs
+		}
+		switch {
+		case b == one:
+			fs.avail += r.Held + b.part.Used()*store.SlotSize
+		case !b.leaving:
+			free += min(r.Bound, r.Held)
+			fs.more += max(0, r.Bound-r.Held)
+		}
+	}
+	for _, fs := range systems {
+		free += min(fs.avail, fs.more)
+	}
+	return free
+}
+
+// Info adds the files up.
+func (s *Store) Info() store.Info {
+	i := s.Store.Info()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i.Free = min(i.Free, s.room(nil)) &^ (store.SlotSize - 1)
+	i.Total = i.Used + i.Free
+	return i
 }
 
 // Info describes a paging file (default_pager_backing_store_info): sizes in bytes, counters in slots since it was added.

@@ -365,3 +365,52 @@ func clone(t testing.TB, m store.Memory) store.Memory {
 	copy(c.Bytes(), m.Bytes())
 	return c
 }
+
+// What files on one file system can all take counts once. /dev/shm is a file system by itself.
+func TestSharedFileSystem(t *testing.T) {
+	dir, other := t.TempDir(), "/dev/shm"
+	one := func(s *Store, dir string, capacity int64) ID {
+		t.Helper()
+		id, err := s.Create(File{Options: file.Options{Dir: dir, Capacity: capacity}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id
+	}
+	avail := func(dir string) int64 {
+		t.Helper()
+		var fs unix.Statfs_t
+		if err := unix.Statfs(dir, &fs); err != nil {
+			t.Fatal(err)
+		}
+		return int64(fs.Bavail) * fs.Bsize
+	}
+	near := func(what string, got, want int64) { // others use the file systems too
+		t.Helper()
+		if got < want*9/10 || got > want*11/10 {
+			t.Errorf("%s: %d bytes free, want %d", what, got, want)
+		}
+	}
+	s := open(t, 0)
+	one(s, dir, 0)
+	near("one file", s.Info().Free, avail(dir))
+	last := one(s, dir, 0)
+	near("two on one file system", s.Info().Free, avail(dir))
+	one(s, dir, 1<<50)
+	near("and one that is larger than that", s.Info().Free, avail(dir))
+	shm := one(s, other, 0)
+	near("and one elsewhere", s.Info().Free, avail(dir)+avail(other))
+	if err := s.Delete(deadline(t), shm); err != nil {
+		t.Fatal(err)
+	}
+	near("without it", s.Info().Free, avail(dir))
+	if err := s.Delete(deadline(t), last); err != nil {
+		t.Fatal(err)
+	}
+	small := open(t, 0)
+	one(small, dir, 1<<20)
+	one(small, dir, 2<<20)
+	if i := small.Info(); i.Free != 3<<20 || i.Total != 3<<20 {
+		t.Errorf("two small files: %+v", i)
+	}
+}

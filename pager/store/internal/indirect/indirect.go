@@ -173,9 +173,6 @@ func (s *Store) Add(id uint8, st store.Store, admit func() bool) (*Part, error) 
 	return p, nil
 }
 
-// Drop takes a part out that no order ever named. It is the caller's to close.
-func (s *Store) Drop(p *Part) { s.parts[p.ID].CompareAndSwap(p, nil) }
-
 // SetOrder says where to write: to a part of the first group, in turn, if it has room; else to the others of the group, and then to those of the next.
 func (s *Store) SetOrder(groups [][]*Part) { s.order.Store(&groups) }
 
@@ -349,23 +346,18 @@ func (s *Store) View(store.Slot, int) ([]byte, error) { return nil, nil }
 // Info adds the parts up.
 func (s *Store) Info() store.Info {
 	capacity, used, _ := s.book.Counts()
-	i := store.Info{Used: int64(used) * store.SlotSize, Free: s.Room()}
+	i := store.Info{Used: int64(used) * store.SlotSize}
+	for _, g := range *s.order.Load() {
+		for _, p := range g {
+			i.Free += p.Info().Free
+		}
+	}
 	if s.bounded {
 		i.Free = min(i.Free, int64(capacity)*store.SlotSize-i.Used)
 	}
 	i.Free = max(i.Free, 0) &^ (store.SlotSize - 1)
 	i.Total = i.Used + i.Free
 	return i
-}
-
-// Room is how many bytes the parts have free that are written to, whatever the capacity: contents that move need no new slots.
-func (s *Store) Room() (free int64) {
-	for _, g := range *s.order.Load() {
-		for _, p := range g {
-			free += p.Info().Free
-		}
-	}
-	return free
 }
 
 // Rebuild takes over the words of an earlier store, and has the parts rebuild. All parts that it had must have been added.
