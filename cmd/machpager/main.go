@@ -117,7 +117,7 @@ func newRoot() *cobra.Command {
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w (see %s --help)", err, c.CommandPath())}
 	})
-	root.AddCommand(newServe(), newDemo(), newBench(), newList(), newInfo(), newSet(), newPaging(), newUpgrade(), newVersion())
+	root.AddCommand(newServe(), newDemo(), newBench(), newList(), newInfo(), newSet(), newPaging(), newUpgrade(), newCheck(), newDebug(), newVersion())
 	wrapArgs(root)
 	return root
 }

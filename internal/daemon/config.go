@@ -65,27 +65,37 @@ func (c *Config) Check() error {
 		}
 	}
 	if c.Resident != 0 {
-		return checkBudget(c.Resident)
+		return theMost().check(c.Resident)
 	}
 	return nil
 }
 
-// checkBudget refuses a budget that is too small to make progress in, or that no machine or control group of this size could hold. The tables that page-out
-// keeps are as large as the budget asks, so more would not merely be useless. Where the limit cannot be found out there is none.
-func checkBudget(n int64) error {
+// mostMemory is how large a budget can be, in bytes, and why.
+type mostMemory struct {
+	bytes int64
+	whose string
+}
+
+// theMost finds it out. Where it cannot be found out there is no limit.
+func theMost() mostMemory {
+	m := mostMemory{math.MaxInt64, "this machine has"}
+	if total, err := memInfo("MemTotal"); err == nil {
+		m.bytes = total
+	}
+	if limit, _ := cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup"); limit < m.bytes {
+		m = mostMemory{limit, "the control group of the pager may have"}
+	}
+	return m
+}
+
+// check refuses a budget that is too small to make progress in, or that no machine or control group of this size could hold. The tables that page-out keeps
+// are as large as the budget asks, so more would not merely be useless.
+func (m mostMemory) check(n int64) error {
 	if n < minResident {
 		return fmt.Errorf("%d bytes of resident memory: at least %d are needed: %w", n, int64(minResident), emm.InvalidArgument)
 	}
-	total, err := memInfo("MemTotal")
-	if err != nil {
-		total = math.MaxInt64
-	}
-	most, whose := total, "this machine has"
-	if limit, _ := cgroupMemory("/proc/self/cgroup", "/sys/fs/cgroup"); limit < most {
-		most, whose = limit, "the control group of the pager may have"
-	}
-	if n > most {
-		return fmt.Errorf("%d bytes of resident memory: %s %d (what is paged out does not count: choose less, half of it is the default): %w", n, whose, most, emm.ResourceShortage)
+	if n > m.bytes {
+		return fmt.Errorf("%d bytes of resident memory: %s %d (what is paged out does not count: choose less, half of it is the default): %w", n, m.whose, m.bytes, emm.ResourceShortage)
 	}
 	return nil
 }

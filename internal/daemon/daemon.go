@@ -80,6 +80,7 @@ type Daemon struct {
 	log         *slog.Logger        // immutable
 	guardian    *guardian.Client    // immutable
 	tier        tier                // immutable
+	most        mostMemory          // immutable; found out before the pager confines itself
 	budget      int64               // immutable; bytes, at the start; frames knows what it is now
 	confinement string              // immutable once it serves; what confine did, for people
 	device      *os.File            // immutable; /dev/userfaultfd for tasks that may not open it; nil: none
@@ -91,6 +92,8 @@ type Daemon struct {
 	probe       *prober
 	objects     objects
 	limits      limits
+	roster      roster
+	checking    atomic.Bool // a check is under way
 
 	sessions sync.WaitGroup
 	ends     sync.WaitGroup // objects on their way out; added to by sessions only
@@ -196,6 +199,7 @@ func (d *Daemon) open(link *os.File) (err error) {
 	if err = d.config.Check(); err != nil {
 		return err
 	}
+	d.most = theMost()
 	if err = uffd.HaveRequired(); err != nil {
 		return err
 	}

@@ -69,7 +69,7 @@ func (s *session) setResident(ctx context.Context, q ipc.SetResident) error {
 	if err := s.operator(); err != nil {
 		return fmt.Errorf("set the budget: %w", err)
 	}
-	if err := checkBudget(q.Bytes); err != nil {
+	if err := s.d.most.check(q.Bytes); err != nil {
 		return fmt.Errorf("set the budget: %w", err)
 	}
 	return s.d.vm.SetBudget(ctx, q.Bytes)

@@ -77,6 +77,10 @@ func (s *session) handle(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 		return with(m, s.faultReason)
 	case ipc.TypeRegionStats:
 		return with(m, s.regionStats)
+	case ipc.TypeDump:
+		return s.dump()
+	case ipc.TypeCheck:
+		return s.check(ctx)
 	case ipc.TypeUpgrade:
 		return ipc.Reply{}, s.upgrade(ctx, m)
 	case ipc.TypeInfo:

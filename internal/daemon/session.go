@@ -81,6 +81,7 @@ func (d *Daemon) serve(ctx context.Context, uc *net.UnixConn, ended func()) {
 	}
 	s.log = d.log.With("session", s.id, "pid", s.peer.Pid, "uid", s.peer.Uid)
 	s.log.Info("task connected")
+	defer d.roster.enter(s)()
 	link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handle, Log: s.log})
 	stop := context.AfterFunc(ctx, link.Hangup)
 	defer stop()

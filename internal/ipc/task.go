@@ -256,6 +256,10 @@ type BackingStoreInfoReply struct {
 	WriteErrors int64 // failed writes
 }
 
+// Document answers Dump and Check, for the pager's own user and root: what the pager has, and what is wrong with it. fds: a sealed memfd with so many bytes of JSON.
+// What is in a dump is for people, and may change.
+type Document struct{ Size int64 }
+
 // FaultReason asks why a touch of a page ended in SIGBUS or EFAULT.
 type FaultReason struct {
 	Mapping uint64

@@ -39,6 +39,8 @@ const (
 	TypeBackingStoreInfo
 
 	TypeUpgrade Type = 48
+	TypeDump    Type = 49
+	TypeCheck   Type = 50
 
 	TypePut     Type = 64
 	TypeDrop    Type = 65
@@ -128,6 +130,8 @@ var specs = map[Type]spec{
 	TypeInfo:               {name: "Info", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: InfoReply{}, Tail: TailStrings}},
 
 	TypeUpgrade: {name: "Upgrade", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Empty{}}},
+	TypeDump:    {name: "Dump", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Document{}, MinFDs: 1, MaxFDs: 1, Kind: KindFile}},
+	TypeCheck:   {name: "Check", request: Shape{Fixed: Empty{}}, reply: Shape{Fixed: Document{}, MinFDs: 1, MaxFDs: 1, Kind: KindFile}},
 
 	TypePut:    {name: "Put", request: Shape{Fixed: Put{}, Tail: TailBytes, MaxFDs: 1}, reply: Shape{Fixed: Empty{}}},
 	TypeDrop:   {name: "Drop", request: Shape{Fixed: Drop{}}, reply: Shape{Fixed: Empty{}}},
