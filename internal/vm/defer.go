@@ -66,7 +66,7 @@ func (v *VM) kickNow() {
 }
 
 // retryDeferred serves the faults that were put aside, as far as there are frames now; the others put themselves aside again. The token's holder goes
-// first. stuck: nothing can be reclaimed and nothing is on its way, so who has waited for long gets an error.
+// first, then who is spared. stuck: nothing can be reclaimed and nothing is on its way, so who has waited for long gets an error.
 func (v *VM) retryDeferred(stuck bool) {
 	v.deferMu.Lock()
 	faults := v.deferred
@@ -77,17 +77,23 @@ func (v *VM) retryDeferred(stuck bool) {
 		v.wanted.Add(-int64(d.m.obj.framesOf(1)))
 	}
 	v.deferMu.Unlock()
-	failed := map[waiting]bool{}      // tid 0
-	held := make([]bool, len(faults)) // looked at once, for the token may pass on meanwhile
+	failed := map[waiting]bool{}     // tid 0
+	turn := make([]int, len(faults)) // looked at once, for the token may pass on meanwhile
 	for i, d := range faults {
-		held[i] = v.token.held(d.m.task, d.f.tid)
+		switch {
+		case v.token.held(d.m.task, d.f.tid):
+		case d.m.obj.spared.Load():
+			turn[i] = 1
+		default:
+			turn[i] = 2
+		}
 	}
-	for pass := range 2 {
+	for pass := range 3 {
 		for i, d := range faults {
 			if failed[waiting{d.m, d.p, 0}] {
 				continue // its thread has got the error
 			}
-			if held[i] != (pass == 0) || !d.m.gate.enter() { // a mapping that is gone: its threads are too
+			if turn[i] != pass || !d.m.gate.enter() { // a mapping that is gone: its threads are too
 				continue
 			}
 			if (stuck || d.m.obj.room.full.Load()) && time.Since(d.f.start) > shortageAfter {

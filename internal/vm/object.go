@@ -44,6 +44,7 @@ type Object struct {
 	cluster  int64           // immutable; pages asked for at once, at least 1
 	stuck    atomic.Int64    // frames of those that a punch left in the file, under Absent
 	resident atomic.Int64    // frames reserved for this object
+	spared   atomic.Bool     // whoever it counts for has no more than his share: see share.go
 	room     residency
 	maps     atomic.Pointer[[]*Mapping]
 	attrs    atomic.Pointer[emm.Attributes]
@@ -243,7 +244,7 @@ func (o *Object) wake(a, b int64) {
 // reserve takes frames for up to n pages, at least one or none: the number of pages that may be filled.
 func (o *Object) reserve(n int64) int64 {
 	f, room := o.framesOf(1), o.admit(n)
-	n = room
+	n = o.mayTake(room)
 	if n == 1 {
 		if !o.vm.frames.Reserve(f) {
 			n = 0

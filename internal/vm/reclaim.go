@@ -63,6 +63,7 @@ func (v *VM) pageout() {
 		case <-time.After(wait):
 		}
 		v.makeRoom()
+		v.deal()
 		stuck := false
 		for v.ctx.Err() == nil {
 			low, high := v.water()
@@ -107,8 +108,17 @@ func (v *VM) lackFrames() {
 }
 
 // evict chooses victims for at least want frames, and lets go of them. It returns how many frames are free or on their way. clean: only of what need not be
-// returned to a manager, and all that is resident is looked at for it.
+// returned to a manager, and all that is resident is looked at for it. Objects that are spared lose pages only if the others have none to give.
 func (v *VM) evict(want int64, clean bool) int64 {
+	if v.contended.Load() {
+		if begun := v.evictFrom(want, clean, true); begun > 0 {
+			return begun
+		}
+	}
+	return v.evictFrom(want, clean, false)
+}
+
+func (v *VM) evictFrom(want int64, clean, spare bool) int64 {
 	begun, seen := int64(0), int64(0)
 	all := v.frames.Reserved()
 	for batch := min(want, victimBatch); begun == 0 || clean && begun < want; batch = victimBatch {
@@ -121,11 +131,16 @@ func (v *VM) evict(want int64, clean bool) int64 {
 			if o == nil || !o.gate.enter() {
 				continue // ended: its frames are free or about to be
 			}
+			if spare && o.spared.Load() {
+				o.keep(r.First*frameSize>>o.shift, (r.First+r.N)*frameSize>>o.shift)
+				o.gate.leave()
+				continue
+			}
 			begun += o.evict(r.First*frameSize>>o.shift, (r.First+r.N)*frameSize>>o.shift, clean)
 			o.gate.leave()
 		}
-		// What objects keep as their minimum may be all that was named: the others come behind it.
-		if seen > v.guaranteed.frames.Load() && !clean || seen > all || len(v.victims) == 0 {
+		// What objects keep as their minimum may be all that was named: the others come behind it. So may be what is spared.
+		if seen > v.guaranteed.frames.Load() && !clean && !spare || seen > all || len(v.victims) == 0 {
 			break
 		}
 	}

@@ -112,6 +112,9 @@ type VM struct {
 	inflight atomic.Int64 // frames of victims that managers have not stored yet
 	crowded  atomic.Bool  // an object is near its maximum
 
+	dealing   dealing     // the page-out daemon's alone
+	contended atomic.Bool // some objects are spared: see share.go
+
 	guaranteed  guarantees
 	victims     []policy.Run // of the page-out daemon
 	failing     storeFailing
