@@ -24,7 +24,7 @@ func TestCheckFinds(t *testing.T) {
 	ctx := context.Background()
 	socket := filepath.Join(t.TempDir(), "p.sock")
 	dir := t.TempDir()
-	p, err := spawn.Start(ctx, &spawn.Options{Resident: 16 << 20, Socket: socket, Dir: dir})
+	p, err := spawn.Start(ctx, &spawn.Options{Resident: 16 << 20, Socket: socket, Store: "file", Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -132,7 +132,7 @@ func (d *Daemon) dump() Dump {
 		Up: time.Since(started), Goroutines: runtime.NumGoroutine(), VM: d.vm.Dump(),
 		Frames: FramesDump{Kind: d.frames.Kind().String(), Budget: d.frames.Budget(), Reserved: d.frames.Reserved() * frames.PageSize, Kernel: -1,
 			Extents: d.frames.Extents(), NoSwap: d.frames.NoSwap(), Left: d.frames.Left()},
-		Paging: PagingDump{Kind: cmp.Or(d.config.Store, StoreFile), Total: space.Total, Used: space.Used, Free: space.Free}}
+		Paging: PagingDump{Kind: cmp.Or(d.config.Store, StoreTiered), Total: space.Total, Used: space.Used, Free: space.Free}}
 	if n, err := d.frames.Usage(); err == nil {
 		x.Frames.Kernel = n
 	}

@@ -99,7 +99,7 @@ func Open(o Options) (*Pool, error) {
 	} else if err := p.open(o.Kind, attempts); err != nil {
 		return nil, fmt.Errorf("open frame pool: %w", err)
 	}
-	p.log.Info("frames", "kind", p.kind, "budget", p.Budget(), "adopted", p.adopted, "extents", p.extents, "noswap", p.noswap)
+	p.log.Info("frames", "kind", p.kind.String(), "budget", p.Budget(), "adopted", p.adopted, "extents", p.extents, "noswap", p.noswap)
 	return p, nil
 }
 
@@ -120,7 +120,7 @@ func (p *Pool) open(kind Kind, list []attempt) error {
 		err := p.try(a)
 		if err == nil {
 			if why != nil {
-				p.log.Warn("frames: better kinds cannot be had", "kind", a.kind, "why", errors.Join(why...))
+				p.log.Warn("frames: better kinds cannot be had", "kind", a.kind.String(), "why", errors.Join(why...))
 			}
 			return nil
 		}
