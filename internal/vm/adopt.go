@@ -138,9 +138,10 @@ func (o *Object) adopt() (a Adopted, err error) {
 			for q := p; q < end; q++ {
 				o.adoptWord(q)
 			}
-			o.strand(left / frameSize)
+			if left > 0 {
+				a.Stuck += o.keepStuck(p, end)
+			}
 			a.Punched += end - p
-			a.Stuck += left / frameSize
 			p = end
 			continue
 		}
@@ -215,11 +216,12 @@ func (o *Object) charge(a, b int64) {
 	tell(last, b, one)
 }
 
-// strand counts f frames under Absent that would not go.
-func (o *Object) strand(f int64) {
-	o.stuck.Add(f)
+// keepStuck counts what would not go of the pages [a, b).
+func (o *Object) keepStuck(a, b int64) int64 {
+	f := o.strand(a, b)
 	o.resident.Add(f)
 	o.vm.frames.Claim(f)
+	return f
 }
 
 // clear punches what lies in the file under Absent pages and behind its end, and counts what will not go. It returns those frames.
@@ -236,8 +238,7 @@ func (o *Object) clear() (stuck int64) {
 				continue
 			}
 			if left, err := o.file.Punch(p<<o.shift, (end-p)<<o.shift); err == nil && left > 0 {
-				o.strand(left / frameSize)
-				stuck += left / frameSize
+				stuck += o.keepStuck(p, end)
 			}
 			p = end
 		}

@@ -113,9 +113,10 @@ func (c *control) ReturnCompleted(r emm.Run, result emm.KernReturn) emm.KernRetu
 		c.leave()
 	}
 	c.o.vm.bufs.put(d.buf, &c.o.lent)
-	if !d.orphan {
-		c.o.landed(d)
-	}
+	c.o.reqMu.Lock()
+	c.o.landed(d)
+	c.o.reqMu.Unlock()
+	c.o.stalled.Store(false)
 	if d.op.daemon() {
 		c.o.vm.kickNow()
 	}

@@ -118,7 +118,7 @@ func (o *Object) discarded(d *dataReturn, result emm.KernReturn) {
 		}
 		switch {
 		case s == page.Evicting:
-			if _, err := o.file.Punch(p<<o.shift, (end-p)<<o.shift); err != nil { // what a task's own hand put there
+			if _, err := o.punchAbsent(p, end); err != nil { // what a task's own hand put there
 				o.vm.log.Error("discard: punch", "object", o.id, "err", err)
 			}
 			failpoint.Here("discard.punched")

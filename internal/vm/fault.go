@@ -43,21 +43,29 @@ func (m *Mapping) fault(p int64, f faulter) {
 		m.poison(p)
 		return
 	}
-	if f.ev != page.FaultRead {
-		if !o.freeze.TryRLock() {
-			m.stats.dropped.Add(1) // the end of the snapshot wakes
-			return
-		}
-		defer o.freeze.RUnlock()
+	if f.ev != page.FaultRead && !o.freeze.TryRLock() {
+		m.stats.dropped.Add(1) // the end of the snapshot wakes
+		return
 	}
+	before, eff := m.resident(p, f)
+	if f.ev != page.FaultRead {
+		o.freeze.RUnlock() // the manager is asked without it, and who fills for a write takes it again
+	}
+	if eff == page.Request {
+		o.request(m, p, f, before.State() == page.Error)
+	}
+}
+
+// resident decides a fault on page p, and does what is to be done unless the manager is to be asked. The caller holds the object's freeze if the page may become Dirty.
+func (m *Mapping) resident(p int64, f faulter) (before page.Word, eff page.Effect) {
+	o := m.obj
 	for {
-		_, before, eff := o.step(p, f.ev)
+		_, before, eff = o.step(p, f.ev)
 		switch eff {
 		case page.Wait:
 			m.stats.dropped.Add(1)
 			return
 		case page.Request:
-			o.request(m, p, f, before.State() == page.Error)
 			return
 		case page.Poison:
 			m.poison(p)

@@ -260,7 +260,7 @@ func (o *Object) copyTo(m *Mapping, addr uint64, off int64, data []byte, mode uf
 				done += frameSize
 				continue
 			}
-			o.overlay()
+			o.overlay(off + done)
 			if _, err := o.file.WriteAt(data[done:done+frameSize], off+done); err != nil {
 				return done, errnoOf(err)
 			}
@@ -276,15 +276,11 @@ func (o *Object) copyTo(m *Mapping, addr uint64, off int64, data []byte, mode uf
 	return done, 0
 }
 
-// overlay counts a frame that lay in the file under a page of ours. If it was one of those that a punch left there, it is accounted for twice now.
-func (o *Object) overlay() {
+// overlay counts a frame that lay in the file at off under a page of ours. If it was one of those that a punch left there, it is accounted for twice now.
+func (o *Object) overlay(off int64) {
 	o.vm.counters.foreign.Add(1)
-	for n := o.stuck.Load(); n > 0; n = o.stuck.Load() {
-		if o.stuck.CompareAndSwap(n, n-1) {
-			o.releaseFrames(1)
-			return
-		}
-	}
+	p := off >> o.shift
+	o.unstick(p, p+1, 1)
 }
 
 // placeExtent fills a whole aligned extent: one folio by pwrite, then CONTINUE. The caller owns all of it, so nothing of ours lies under the pwrite.
@@ -293,6 +289,7 @@ func (o *Object) placeExtent(m *Mapping, a, b int64, data []byte, wp bool) (int6
 	bytes := int64(n) &^ (o.pageSize - 1)
 	done := bytes >> o.shift
 	failpoint.Here("install.extent-written")
+	o.unstick(a, a+done, int64(o.framesOf(1))) // what was stuck there is part of it
 	if done > 0 {
 		if e := m.cont(a, a+done, wp); e != 0 && e != unix.EEXIST && e != unix.EFAULT {
 			return bytes, 0 // in the file and ours, if in no mapping: a MINOR fault will tell

@@ -42,9 +42,10 @@ type Object struct {
 	file     *frames.File    // immutable
 	control  *control        // immutable
 	cluster  int64           // immutable; pages asked for at once, at least 1
-	stuck    atomic.Int64    // frames of those that a punch left in the file, under Absent
+	stuck    stuckFrames     // of those that are reserved
 	resident atomic.Int64    // frames reserved for this object
 	spared   atomic.Bool     // whoever it counts for has no more than his share: see share.go
+	stalled  atomic.Bool     // a data return has been unanswered for long, and none was completed since
 	room     residency
 	maps     atomic.Pointer[[]*Mapping]
 	attrs    atomic.Pointer[emm.Attributes]
@@ -78,6 +79,7 @@ type binding struct {
 	manager   emm.Manager
 	def       emm.DefaultManager // set if the object was handed over by Create: first returns are DataInitialize
 	completer emm.Completer      // nil if the manager does not care
+	failing   *storeFailing
 	port      emm.Port
 	seqno     atomic.Uint32
 }
@@ -147,7 +149,7 @@ func (v *VM) object(opt ObjectOptions) (*Object, error) {
 }
 
 func (o *Object) bind(m emm.Manager, port emm.Port) *binding {
-	b := &binding{manager: m, port: port}
+	b := &binding{manager: m, port: port, failing: o.vm.failings.enter(m)}
 	b.completer, _ = m.(emm.Completer)
 	o.binding.Store(b)
 	return b
@@ -313,11 +315,12 @@ func (o *Object) adoptManager() (*binding, error) {
 	if o.port.IsNull() {
 		o.port = emm.NewPort()
 	}
-	b := &binding{manager: def, def: def, port: o.port}
+	b := &binding{manager: def, def: def, port: o.port, failing: o.vm.failings.enter(def)}
 	b.completer, _ = def.(emm.Completer)
 	// Create is a direct call that must not block and has nothing to ask the vm for under o.mu: SetCookie and ChangeAttributes do not take it.
 	h := emm.Head{Control: o.control, Seqno: o.vm.seqno.Add(1) - 1}
 	if kr := def.Create(h, o.port, o.size, int(o.pageSize)); kr.Err() != nil {
+		o.vm.failings.leave(b.failing)
 		return nil, fmt.Errorf("page out object %d: the default manager refused it: %w", o.id, kr)
 	}
 	failpoint.Here("pageout.created")
@@ -349,6 +352,9 @@ func (o *Object) Terminate() {
 	o.vm.mu.Lock()
 	delete(o.vm.objects, o.id)
 	o.vm.mu.Unlock()
+	if b := o.binding.Load(); b != nil {
+		o.vm.failings.leave(b.failing)
+	}
 	if b := o.binding.Load(); b != nil && o.control.initialised.Swap(false) {
 		b.manager.Terminate(b.head(o))
 	}

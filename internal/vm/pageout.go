@@ -17,8 +17,9 @@ import (
 
 // lockOp is a lock request under way: it ends when every return it began was completed.
 type lockOp struct {
-	victims bool // immutable; of the page-out daemon: nobody waits, the policy has forgotten the pages
-	own     bool // immutable; of the page-out daemon, for room under the object's maximum: nobody waits
+	victims bool   // immutable; of the page-out daemon: nobody waits, the policy has forgotten the pages
+	own     bool   // immutable; of the page-out daemon, for room under the object's maximum: nobody waits
+	buf     []byte // the beginner's alone: what the next return goes into; nil: none was taken yet
 	wg      sync.WaitGroup
 	mu      sync.Mutex
 	err     emm.KernReturn // guarded by mu: the first failure
@@ -44,8 +45,9 @@ type dataReturn struct {
 	discard  bool // of zeros, so that the manager forgets: see discard.go
 	op       *lockOp
 	start    time.Time
-	reported bool // guarded by Object.reqMu
-	orphan   bool // guarded by Object.reqMu: the object has ended; only the buffer is still of interest
+	reported bool  // guarded by Object.reqMu
+	counted  bool  // guarded by Object.reqMu: its frames are among those that are on their way
+	n        int64 // immutable; these frames
 }
 
 // PageOut returns what is dirty or precious of the bytes [off, off+n) to the manager, waits until it has it, and lets go of the pages: the next touch is a
@@ -78,13 +80,21 @@ func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flus
 	op := &lockOp{}
 	limit := int64(o.vm.bufs.size) >> o.shift
 	walk := touched{o: o}
+	returns := func(p int64) bool { return ret != emm.ReturnNone && (o.mustReturn(p) || ret == emm.ReturnAnything) }
 	err := func() error {
 		for p := walk.next(a, b); p < b; p = walk.next(p, b) {
 			if p&511 == 0 && ctx.Err() != nil {
 				return fmt.Errorf("page out: %w", context.Cause(ctx))
 			}
+			back := returns(p)
+			if back && op.buf == nil {
+				var err error
+				if op.buf, err = o.vm.bufs.get(ctx, &o.lent); err != nil { // before anybody's page is taken
+					return fmt.Errorf("page out: wait for a buffer: %w", err)
+				}
+			}
 			end := p
-			for end < b && end-p < limit && o.take(end, ret, flush) {
+			for end < b && end-p < limit && returns(end) == back && o.take(end, ret, flush) {
 				end++
 			}
 			if end > p {
@@ -98,12 +108,14 @@ func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flus
 				p++ // not resident, or nothing to be done
 				continue
 			}
+			o.unlend(op)
 			if err := o.settled(ctx, p); err != nil {
 				return err
 			}
 		}
 		return nil
 	}()
+	o.unlend(op)
 	if e := waitFor(ctx, &op.wg); err == nil {
 		err = e
 	}
@@ -133,6 +145,18 @@ func (o *Object) take(p int64, ret emm.Return, flush bool) bool {
 		return o.begin(p, page.BeginDiscard)
 	}
 	return false
+}
+
+// mustReturn reports whether page p can go only if its contents are returned first.
+func (o *Object) mustReturn(p int64) bool {
+	w := o.word(p)
+	return w.State() == page.Dirty || w.State() == page.Clean && w&page.Precious != 0
+}
+
+// unlend gives back a buffer that was not needed.
+func (o *Object) unlend(op *lockOp) {
+	o.vm.bufs.put(op.buf, &o.lent)
+	op.buf = nil
 }
 
 func (o *Object) begin(p int64, e page.Event) bool {
@@ -210,16 +234,19 @@ func (o *Object) giveBack(ctx context.Context, a, b int64, flush bool, op *lockO
 			return err
 		}
 	}
-	var buf []byte
-	var err error
-	if op.daemon() {
-		buf, err = o.vm.bufs.tryGet(&o.lent)
-	} else {
-		buf, err = o.vm.bufs.get(ctx, &o.lent)
-	}
-	if err != nil {
-		o.notStored(a, b, op)
-		return fmt.Errorf("page out: wait for a buffer: %w", err)
+	buf := op.buf
+	op.buf = nil
+	if buf == nil { // it became dirty when it was about to be taken, or lies between others that need none
+		var err error
+		if op.daemon() {
+			buf, err = o.vm.bufs.tryGet(&o.lent)
+		} else {
+			buf, err = o.vm.bufs.get(ctx, &o.lent)
+		}
+		if err != nil {
+			o.notStored(a, b, op)
+			return fmt.Errorf("page out: wait for a buffer: %w", err)
+		}
 	}
 	data := buf[:(b-a)<<o.shift]
 	if err := o.file.ReadAt(data, a<<o.shift); err != nil {
@@ -258,10 +285,10 @@ func (o *Object) send(bind *binding, d *dataReturn, data []byte, first, owns boo
 		data = append([]byte(nil), data...) // rare: first and later hand-overs side by side
 	}
 	d.op.wg.Add(1)
-	if d.op.daemon() {
-		f := int64(o.framesOf(d.b - d.a))
-		o.vm.inflight.Add(f)
-		o.room.leaving.Add(f)
+	d.n, d.counted = int64(o.framesOf(d.b-d.a)), d.op.daemon()
+	if d.counted {
+		o.vm.inflight.Add(d.n)
+		o.room.leaving.Add(d.n)
 	}
 	o.reqMu.Lock()
 	o.returns = append(o.returns, d)
@@ -298,17 +325,16 @@ func (o *Object) orphanReturns() {
 	o.reqMu.Lock()
 	defer o.reqMu.Unlock()
 	for _, d := range o.returns {
-		d.orphan = true
 		o.landed(d)
 	}
 }
 
-// landed says that the frames of a return are on their way no more.
+// landed says that the frames of a return are on their way no more, if they were counted so: they have come, or nobody believes any more that they will. Called with reqMu.
 func (o *Object) landed(d *dataReturn) {
-	if d.op.daemon() {
-		f := int64(o.framesOf(d.b - d.a))
-		o.vm.inflight.Add(-f)
-		o.room.leaving.Add(-f)
+	if d.counted {
+		d.counted = false
+		o.vm.inflight.Add(-d.n)
+		o.room.leaving.Add(-d.n)
 	}
 }
 
@@ -318,13 +344,13 @@ func (o *Object) returned(d *dataReturn, result emm.KernReturn) {
 	switch {
 	case result != emm.Success:
 		o.vm.counters.notStored.Add(d.b - d.a)
-		o.vm.storeFailed(o, result)
+		o.failing().failed(o, result)
 		o.notStored(d.a, d.b, d.op)
 	case !d.flush:
-		o.vm.storeWorks()
+		o.failing().works(o)
 		o.finishRun(d.a, d.b, page.Stored)
 	default:
-		o.vm.storeWorks()
+		o.failing().works(o)
 		for p := d.a; p < d.b; {
 			end := p
 			for end < d.b && o.storedEvict(end) {
@@ -372,12 +398,13 @@ func (o *Object) punch(a, b int64, op *lockOp) {
 	}
 	o.stats.evicted.Add(b - a)
 	failpoint.Here("pageout.punched")
+	stuck := int64(0)
+	if left > 0 {
+		stuck = o.strand(a, b)
+	}
 	o.finishRun(a, b, page.Punched)
 	failpoint.Here("pageout.absent")
-	if left > 0 {
-		o.stuck.Add(left / frameSize)
-	}
-	o.releaseFrames(int64(o.framesOf(b-a)) - left/frameSize)
+	o.releaseFrames(int64(o.framesOf(b-a)) - stuck)
 }
 
 // destroy drops all resident pages and tells the manager that it is over (memory_object_destroy).

@@ -3,9 +3,6 @@ package vm
 import (
 	"context"
 	"errors"
-	"math"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"machpager/internal/policy"
@@ -51,6 +48,7 @@ func (v *VM) freeFrames() int64 { return v.frames.Budget()/frameSize - v.frames.
 // what they have not stored yet is in flight, and its completion kicks.
 func (v *VM) pageout() {
 	filling := false // between low and high water
+	var look time.Time
 	for {
 		wait := time.Hour
 		if v.starving.Load() || v.wanted.Load() > 0 {
@@ -76,12 +74,13 @@ func (v *VM) pageout() {
 			if want -= v.inflight.Load(); want <= 0 {
 				break
 			}
-			begun := int64(0)
-			if now := time.Now(); !v.failing.pause(now) {
-				begun = v.evict(want, false)
-			} else if v.failing.looks(now) {
-				begun = v.evict(want, true)
-				v.failing.looked(now, begun)
+			begun, now := int64(0), time.Now()
+			if now.After(look) {
+				var rested bool
+				// Where managers rest, all that is resident may be looked at for a clean page. In vain that is not to take more than a twentieth of the time.
+				if begun, rested = v.evict(want, now); rested && begun == 0 {
+					look = time.Now().Add(max(time.Millisecond, 20*time.Since(now)))
+				}
 			}
 			if begun == 0 {
 				stuck = v.inflight.Load() == 0
@@ -107,21 +106,20 @@ func (v *VM) lackFrames() {
 	}
 }
 
-// evict chooses victims for at least want frames, and lets go of them. It returns how many frames are free or on their way. clean: only of what need not be
-// returned to a manager, and all that is resident is looked at for it. Objects that are spared lose pages only if the others have none to give.
-func (v *VM) evict(want int64, clean bool) int64 {
+// evict chooses victims for at least want frames, and lets go of them. It returns how many frames are free or on their way, and whether an object's manager rests: of those only
+// what need not be returned goes, and all that is resident is looked at for enough of it. Objects that are spared lose pages only if the others have none to give.
+func (v *VM) evict(want int64, now time.Time) (begun int64, rested bool) {
 	if v.contended.Load() {
-		if begun := v.evictFrom(want, clean, true); begun > 0 {
-			return begun
+		if begun, rested = v.evictFrom(want, now, true); begun > 0 {
+			return begun, rested
 		}
 	}
-	return v.evictFrom(want, clean, false)
+	return v.evictFrom(want, now, false)
 }
 
-func (v *VM) evictFrom(want int64, clean, spare bool) int64 {
-	begun, seen := int64(0), int64(0)
-	all := v.frames.Reserved()
-	for batch := min(want, victimBatch); begun == 0 || clean && begun < want; batch = victimBatch {
+func (v *VM) evictFrom(want int64, now time.Time, spare bool) (begun int64, rested bool) {
+	seen, all := int64(0), v.frames.Reserved()
+	for batch := min(want, victimBatch); begun == 0 || rested && begun < want; batch = victimBatch {
 		v.victims = v.policy.Victims(batch, v.victims[:0])
 		for _, r := range v.victims {
 			seen += r.N
@@ -136,26 +134,31 @@ func (v *VM) evictFrom(want int64, clean, spare bool) int64 {
 				o.gate.leave()
 				continue
 			}
+			clean := o.resting(now)
+			rested = rested || clean
 			begun += o.evict(r.First*frameSize>>o.shift, (r.First+r.N)*frameSize>>o.shift, clean)
 			o.gate.leave()
 		}
 		// What objects keep as their minimum may be all that was named: the others come behind it. So may be what is spared.
-		if seen > v.guaranteed.frames.Load() && !clean && !spare || seen > all || len(v.victims) == 0 {
+		if seen > v.guaranteed.frames.Load() && !rested && !spare || seen > all || len(v.victims) == 0 {
 			break
 		}
 	}
-	return begun
+	return begun, rested
 }
 
 // evict lets go of the victims [a, b): the policy has forgotten them. What cannot go now (wired, owned by somebody, protected by the token, part of the object's
 // minimum, no buffer to return it in) is given back to the policy. It returns the frames that are free or on their way.
 func (o *Object) evict(a, b int64, clean bool) int64 {
 	begun := int64(0)
-	limit := min(int64(o.vm.bufs.size)>>o.shift, o.vm.failing.most())
+	limit := min(int64(o.vm.bufs.size)>>o.shift, o.failing().most())
 	op := &lockOp{victims: true}
+	defer o.unlend(op)
 	for p := a; p < b; {
+		back := o.mustReturn(p)
+		only := clean || back && !o.lendFor(op)
 		end := p
-		for end < b && end-p < limit && o.spares(end-p+1) && !o.vm.token.holds(o, end) && o.takeVictim(end, clean) {
+		for end < b && end-p < limit && o.mustReturn(end) == back && o.spares(end-p+1) && !o.vm.token.holds(o, end) && o.takeVictim(end, only) {
 			end++
 		}
 		if end == p {
@@ -171,6 +174,15 @@ func (o *Object) evict(a, b int64, clean bool) int64 {
 		p = end
 	}
 	return begun
+}
+
+// lendFor reports whether op has a buffer for the next return. One is taken before any page is, and before anything is protected: while all are lent, dirty pages are left in
+// peace.
+func (o *Object) lendFor(op *lockOp) bool {
+	if op.buf == nil {
+		op.buf, _ = o.vm.bufs.tryGet(&o.lent)
+	}
+	return op.buf != nil
 }
 
 func (o *Object) takeVictim(p int64, clean bool) bool {
@@ -235,115 +247,19 @@ func (o *Object) scrub() int64 {
 				p++
 				continue
 			}
-			if left, err := o.file.Punch(p<<o.shift, (end-p)<<o.shift); err == nil {
-				freed += int64(o.framesOf(end-p)) - left/frameSize
+			n, err := o.punchAbsent(p, end)
+			if err != nil {
+				o.vm.log.Error("punch what nobody accounts for", "object", o.id, "off", p<<o.shift, "size", (end-p)<<o.shift, "err", err)
 			}
+			freed += n
 			o.finishRun(p, end, page.Punched)
 			p = end
 		}
 		return true
 	})
-	// What was found may have been foreign (never accounted for) or stuck: only the latter was reserved.
-	if n := min(freed, o.stuck.Load()); n > 0 {
-		o.stuck.Add(-n)
-		o.releaseFrames(n)
-	}
 	if n, err := o.file.Trim(); err == nil {
 		freed += n / frameSize
 	}
 	o.vm.counters.scrubbed.Add(freed)
 	return freed
-}
-
-// storeFailing makes the page-out daemon try less and less often, and with fewer pages at once, while managers store nothing, until a page is stored again: paging space
-// may have room for some pages yet. In between only pages go that are stored already.
-type storeFailing struct {
-	mu    sync.Mutex
-	wait  time.Duration // guarded by mu; 0: all is well
-	until time.Time     // guarded by mu
-	look  time.Time     // guarded by mu; when to look for clean pages again
-	told  time.Time     // guarded by mu; when it was logged
-	well  bool          // guarded by mu; nothing failed since told
-	run   atomic.Int64  // pages returned at once; 0: no limit
-}
-
-const (
-	failingFirst = 5 * time.Millisecond
-	failingLast  = time.Second
-	failingTell  = time.Minute // no more often than that
-
-	// failingRun is how many pages are returned at once after the first failure, and an eighth of that after the next.
-	failingRun = 64
-)
-
-// storeFailed notes that a manager could not store pages, and says so once.
-func (v *VM) storeFailed(o *Object, reason error) {
-	f := &v.failing
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	now := time.Now()
-	if f.wait == 0 && now.Sub(f.told) > failingTell {
-		v.log.Warn("page-out: pages cannot be stored; they stay resident, and when no frame is left, faults fail", "object", o.id, "reason", reason)
-		f.told, f.well = now, false
-	}
-	if now.After(f.until) {
-		f.wait = min(max(2*f.wait, failingFirst), failingLast)
-		f.until = now.Add(f.wait)
-		if n := f.run.Load(); n == 0 {
-			f.run.Store(failingRun)
-		} else {
-			f.run.Store(max(1, n/8))
-		}
-	}
-}
-
-// storeWorks notes that pages were stored. All is well when that goes on.
-func (v *VM) storeWorks() {
-	f := &v.failing
-	run := f.run.Load()
-	if run == 0 {
-		return
-	}
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.wait, f.until, f.look = 0, time.Time{}, time.Time{}
-	if run *= 2; run <= 2*failingRun {
-		f.run.Store(run)
-		return
-	}
-	f.run.Store(0)
-	if !f.well {
-		v.log.Info("page-out: pages can be stored again")
-		f.well = true
-	}
-}
-
-func (f *storeFailing) pause(now time.Time) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return now.Before(f.until)
-}
-
-// most is how many pages may be returned at once.
-func (f *storeFailing) most() int64 {
-	if n := f.run.Load(); n > 0 {
-		return n
-	}
-	return math.MaxInt64
-}
-
-// looks reports whether it is time to look for clean pages.
-func (f *storeFailing) looks(now time.Time) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return !now.Before(f.look)
-}
-
-// looked notes that clean pages were looked for since start, and so many frames found. Looking in vain is not to take more than a twentieth of the time.
-func (f *storeFailing) looked(start time.Time, frames int64) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if frames == 0 {
-		f.look = time.Now().Add(max(time.Millisecond, 20*time.Since(start)))
-	}
 }

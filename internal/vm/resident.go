@@ -171,7 +171,7 @@ func (o *Object) makeRoom() {
 		r.full.Store(false)
 		return
 	}
-	begun := o.sweep(max(high, lack)-free, o.vm.failing.pause(time.Now()))
+	begun := o.sweep(max(high, lack)-free, o.resting(time.Now()))
 	o.reqMu.Lock()
 	coming := len(o.requests)
 	o.reqMu.Unlock()
@@ -182,13 +182,16 @@ func (o *Object) makeRoom() {
 // clean: only of what need not be returned to a manager.
 func (o *Object) sweep(want int64, clean bool) (begun int64) {
 	op := &lockOp{own: true}
-	limit := min(int64(o.vm.bufs.size)>>o.shift, o.vm.failing.most())
+	defer o.unlend(op)
+	limit := min(int64(o.vm.bufs.size)>>o.shift, o.failing().most())
 	over := func(from, to int64) {
 		o.file.Present(from<<o.shift, (to-from)<<o.shift, func(off, n int64) bool {
 			p, b := off>>o.shift, (off+n+o.pageSize-1)>>o.shift
 			for p < b && begun < want {
+				back := o.mustReturn(p)
+				only := clean || back && !o.lendFor(op)
 				end := p
-				for end < b && end-p < limit && begun+int64(o.framesOf(end-p)) < want && o.takeOld(end, clean) {
+				for end < b && end-p < limit && begun+int64(o.framesOf(end-p)) < want && o.mustReturn(end) == back && o.takeOld(end, only) {
 					end++
 				}
 				if end == p {

@@ -18,13 +18,15 @@
 //
 //	VM.mu                    objects, tasks; never held across anything that waits
 //	  Object.mu              manager binding, mapping list, attributes
+//	Object.freeze            shared by whoever makes a page Dirty, from the change of the word to the ioctl that follows it; alone by Snapshot. Readers only try it
 //	Object.reqMu             outstanding requests and returns; a leaf
 //	Task.mu                  mapping list of the task; a leaf
 //	VM.deferMu               deferred faults; a leaf
+//	failings.mu, storeFailing.mu, stuckFrames.mu   leaves
 //	synchronizations.mu      synchronisations that are out; a leaf
 //	bufferPool.mu            return buffers; a leaf
 //
-// No lock is held across a manager's method, an ioctl or a system call on a file. Page words are changed by compare-and-swap alone. A gate
+// No lock is held across a manager's method, nor, but for freeze, across an ioctl or a system call on a file. Page words are changed by compare-and-swap alone. A gate
 // (gate.go) keeps an object, a mapping or a task alive while somebody works in it.
 package vm
 
@@ -115,9 +117,10 @@ type VM struct {
 	dealing   dealing     // the page-out daemon's alone
 	contended atomic.Bool // some objects are spared: see share.go
 
+	budgetMu    sync.Mutex // held across SetBudget: one at a time
 	guaranteed  guarantees
 	victims     []policy.Run // of the page-out daemon
-	failing     storeFailing
+	failings    failings
 	shortLogged atomic.Int64 // ns since epoch: a fault got no frame, and that was logged
 	refused     atomic.Bool  // the kernel had no frame though one was reserved
 

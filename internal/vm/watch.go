@@ -6,6 +6,8 @@ const (
 	watchEvery = time.Second
 	// slowAfter is when an unanswered data request or data return is logged: nothing blocks for ever without saying so.
 	slowAfter = 10 * time.Second
+	// stalledAfter is when nobody counts on the frames of an uncompleted data return any more: others must go in their place. It is looked at every watchEvery.
+	stalledAfter = time.Second
 )
 
 // watchRequests logs what managers leave unanswered. It also looks after files of ended objects that tasks have kept.
@@ -38,6 +40,11 @@ func (o *Object) watch() {
 		}
 	}
 	for _, d := range o.returns {
+		if d.counted && time.Since(d.start) > stalledAfter {
+			o.landed(d)
+			o.stalled.Store(true)
+			o.vm.kickDeferred()
+		}
 		if age := time.Since(d.start); age > slowAfter && !d.reported {
 			d.reported = true
 			o.vm.log.Warn("a data return is not completed", "object", o.id, "off", d.a<<o.shift, "size", (d.b-d.a)<<o.shift, "age", age)
