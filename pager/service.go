@@ -33,6 +33,9 @@ func (p *Pager) NoSenders(port emm.Port) emm.KernReturn {
 	return emm.Success
 }
 
+// Has reports whether the port is one of the default pager's: made by ObjectCreate or a snapshot, or taken over with Create.
+func (p *Pager) Has(port emm.Port) bool { return p.lookup(port) != nil }
+
 // Claim ends the objects that no vm has and that claimed does not know: who takes over from an earlier process calls it once, when all that it found are
 // attached or known. It returns how many objects ended. Ports are told to nobody else.
 func (p *Pager) Claim(claimed func(port emm.Port) bool) (ended int) {

@@ -68,20 +68,28 @@ func Dial(ctx context.Context, socket string, o *DialOptions) (*Pager, error) {
 	if socket == "" {
 		socket = DefaultSocket
 	}
-	conn, err := ipc.DialConn(ctx, socket)
-	if err != nil {
-		return nil, fmt.Errorf("dial pager: %w%s", err, dialHint(err))
-	}
 	var opt ConnOptions
 	if o != nil {
 		opt.DialOptions = *o
 	}
-	p, err := newPager(ctx, conn, opt)
-	if err != nil {
-		return nil, fmt.Errorf("dial pager at %s: %w", socket, err)
+	for tries := 0; ; tries++ {
+		conn, err := ipc.DialConn(ctx, socket)
+		if err != nil {
+			return nil, fmt.Errorf("dial pager: %w%s", err, dialHint(err))
+		}
+		p, err := newPager(ctx, conn, opt)
+		if err == nil {
+			return p, nil
+		}
+		if tries == dialTries || !errors.Is(err, ErrPagerGone) {
+			return nil, fmt.Errorf("dial pager at %s: %w", socket, err)
+		}
+		// A pager that died between the connection and the greeting: the next one listens at the same socket.
 	}
-	return p, nil
 }
+
+// dialTries is how often Dial tries again when the pager goes before it has answered.
+const dialTries = 3
 
 // FromConn makes a Pager of a connected SOCK_SEQPACKET socket, at whose other end a pager serves: the bridge for region/spawn. It takes uc over,
 // and closes it on an error; OnClose is not called then. ctx bounds the greeting only. For a socket that is an *os.File: net.FileConn.
@@ -104,7 +112,7 @@ func FromConn(ctx context.Context, uc *net.UnixConn, o *ConnOptions) (*Pager, er
 // newPager greets the pager and starts to watch the connection.
 func newPager(ctx context.Context, conn *ipc.Conn, o ConnOptions) (*Pager, error) {
 	p := &Pager{
-		link:    ipc.NewLink(conn, nil),
+		link:    ipc.NewLink(conn, &ipc.LinkOptions{Resend: true}), // a pager that dies is followed by another, which goes on with this connection
 		options: o,
 		watched: make(chan struct{}),
 		regions: map[*Region]struct{}{},

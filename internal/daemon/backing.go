@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/ipc"
 	"machpager/pager/emm"
 	"machpager/pager/store"
@@ -36,6 +37,11 @@ func (s *session) createBacking(m *ipc.Message) (ipc.Reply, error) {
 			f.Close()
 		}
 	}()
+	if m.Resent() {
+		if id, ok := s.d.madeFiles[request{s.id, m.Seq}]; ok {
+			return ipc.Reply{Body: ipc.BackingStore{ID: uint32(id)}}, nil
+		}
+	}
 	switch err := s.operator(); {
 	case err != nil:
 		return ipc.Reply{}, fmt.Errorf("create paging file: %w", err)
@@ -49,7 +55,8 @@ func (s *session) createBacking(m *ipc.Message) (ipc.Reply, error) {
 	if err := checkPagingFile(raw); err != nil {
 		return ipc.Reply{}, fmt.Errorf("create paging file: %w: %w", err, emm.InvalidArgument)
 	}
-	id, err := addFile(s.d.backing, file.Options{File: f, Capacity: q.Capacity, Preallocate: q.Flags&ipc.BackingStorePreallocate != 0}, int(q.Priority))
+	o := file.Options{Dir: dir, File: f, Capacity: q.Capacity, Preallocate: q.Flags&ipc.BackingStorePreallocate != 0}
+	id, err := s.d.backing.Create(s.d.pagingFile(o, int(q.Priority), request{s.id, m.Seq}))
 	if err != nil {
 		return ipc.Reply{}, err
 	}
@@ -76,7 +83,7 @@ func checkPagingFile(fd int) error {
 	return nil
 }
 
-func (s *session) deleteBacking(ctx context.Context, q ipc.BackingStore) error {
+func (s *session) deleteBacking(ctx context.Context, q ipc.BackingStore, resent bool) error {
 	if err := s.operator(); err != nil {
 		return fmt.Errorf("delete paging file: %w", err)
 	}
@@ -87,11 +94,16 @@ func (s *session) deleteBacking(ctx context.Context, q ipc.BackingStore) error {
 		return fmt.Errorf("delete paging file %d: want a number from 1 to %d: %w", q.ID, files.MaxID, emm.InvalidArgument)
 	}
 	if err := s.d.backing.Delete(ctx, files.ID(q.ID)); err != nil {
+		if resent && errors.Is(err, unix.ENOENT) {
+			return nil // it has gone, but the answer went with the pager before this one
+		}
 		if errors.Is(err, store.ErrNoSpace) {
 			return fmt.Errorf("%w (add another one first, or end objects): %w", err, emm.NoSpace)
 		}
 		return err
 	}
+	failpoint.Here("daemon.backing.deleted")
+	s.d.letGo(ipc.ItemPagingFile, uint64(q.ID))
 	s.log.Info("paging file removed", "file", q.ID)
 	return nil
 }

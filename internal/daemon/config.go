@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"machpager/internal/frames"
 	"machpager/internal/policy"
@@ -18,19 +19,20 @@ import (
 
 // Config is what a pager is told at its start. It travels from process to process as JSON.
 type Config struct {
-	Resident   int64       // bytes of memory all objects together may occupy; 0: half of what is available
-	Store      string      // where contents go: one of Stores; "": StoreTiered
-	Dir        string      // of StoreFile and StoreTiered: where the unlinked paging file is made; "": os.TempDir()
-	Compressed int64       // bytes of memory that compressed contents may take, beside Resident; 0: of StoreTiered half of Resident, else no limit
-	Capacity   int64       // bytes of paging space; 0: no limit of its own
-	Policy     string      // what chooses the pages that go: one of policy.Names; "": policy.Default
-	Frames     frames.Kind // 0: the best that works
-	Socket     string      // listen here; "": do not
-	Group      string      // name or number of the group that may use Socket; "": the user alone
-	Restarts   int         // deaths of the pager in a row that are answered with a new one: see guardian.Options; 0: the default, less: none
-	Failpoints string      // of tests: what each pager arms (package failpoint)
-	Confine    string      // one of Confines; "": ConfineAuto
-	GiveDevice bool        // hand an open /dev/userfaultfd to tasks that ask for it: what the sysctl vm.unprivileged_userfaultfd withholds
+	Resident   int64         // bytes of memory all objects together may occupy; 0: half of what is available
+	Store      string        // where contents go: one of Stores; "": StoreTiered
+	Dir        string        // of StoreFile and StoreTiered: where the unlinked paging file is made; "": os.TempDir()
+	Compressed int64         // bytes of memory that compressed contents may take, beside Resident; 0: of StoreTiered half of Resident, else no limit
+	Capacity   int64         // bytes of paging space; 0: no limit of its own
+	Policy     string        // what chooses the pages that go: one of policy.Names; "": policy.Default
+	Frames     frames.Kind   // 0: the best that works
+	Socket     string        // listen here; "": do not
+	Group      string        // name or number of the group that may use Socket; "": the user alone
+	Restarts   int           // deaths of the pager in a row that are answered with a new one: see guardian.Options; 0: the default, less: none
+	Settled    time.Duration // how long a pager must have lived for its death to be the first in a row again; 0: 10 s
+	Failpoints string        // of tests: what each pager arms (package failpoint); behind "once:", only the first
+	Confine    string        // one of Confines; "": ConfineAuto
+	GiveDevice bool          // hand an open /dev/userfaultfd to tasks that ask for it: what the sysctl vm.unprivileged_userfaultfd withholds
 }
 
 // minPages is the smallest budget, in pages of any object: what one instruction can need at once, and as many more.

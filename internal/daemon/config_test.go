@@ -104,7 +104,8 @@ func TestOpenStore(t *testing.T) {
 		}
 	}
 	for _, c := range configs {
-		s, backing, err := openStore(c, nil)
+		d := held(t)
+		s, backing, err := d.openStore(c, nil)
 		if err != nil {
 			t.Errorf("%+v: %v", c, err)
 			continue
@@ -119,10 +120,10 @@ func TestOpenStore(t *testing.T) {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
-	if _, _, err := openStore(Config{Store: "tape"}, nil); !errors.Is(err, emm.InvalidArgument) {
+	if _, _, err := held(t).openStore(Config{Store: "tape"}, nil); !errors.Is(err, emm.InvalidArgument) {
 		t.Errorf("a store on tape: %v", err)
 	}
-	if _, _, err := openStore(Config{Dir: "/nonexistent"}, nil); !errors.Is(err, os.ErrNotExist) {
+	if _, _, err := held(t).openStore(Config{Dir: "/nonexistent"}, nil); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a store nowhere: %v", err)
 	}
 }

@@ -31,6 +31,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -95,6 +96,15 @@ type Daemon struct {
 	roster      roster
 	checking    atomic.Bool // a check is under way
 
+	// What outlives this process: see hold.go and adopt.go.
+	arenas    arenas
+	numbers   numbers
+	movements movements
+	mappings  sync.Map             // number in the vm to *mapping
+	madeFiles map[request]files.ID // immutable; paging files that the pager before this one made
+	recordMu  sync.Mutex
+	record    pagerRecord // guarded by recordMu
+
 	sessions sync.WaitGroup
 	ends     sync.WaitGroup // objects on their way out; added to by sessions only
 	lastID   atomic.Uint64  // number of the last session
@@ -111,11 +121,15 @@ func Run(o Options) error {
 	if runtime.GOMAXPROCS(0) < minProcs {
 		runtime.GOMAXPROCS(minProcs)
 	}
-	d := &Daemon{config: o.Config, managers: map[string]*Manager{}, log: o.Log, tier: privilege(), stop: make(chan struct{})}
+	d := &Daemon{config: o.Config, managers: map[string]*Manager{}, log: o.Log, tier: privilege(), stop: make(chan struct{}),
+		movements: movements{some: make(chan struct{}, 1), all: map[uint64][]vm.Span{}}}
 	d.objects.init()
 	d.limits.init()
-	if err := failpoint.Arm(o.Failpoints); err != nil {
-		return fmt.Errorf("start pager: %w", err)
+	points, once := strings.CutPrefix(o.Failpoints, "once:")
+	if !once {
+		if err := failpoint.Arm(points); err != nil {
+			return fmt.Errorf("start pager: %w", err)
+		}
 	}
 	for i, m := range o.Managers {
 		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
@@ -133,15 +147,26 @@ func Run(o Options) error {
 		}
 	}
 	var listener *net.UnixListener
-	err := d.open(o.Guardian)
+	left, err := d.open(o.Guardian)
 	if err == nil && o.Socket != "" {
-		listener, err = listen(o.Socket, o.Group)
+		listener, err = d.listen(left)
 	}
 	if err == nil {
 		err = d.confine(ctx)
 	}
+	if err == nil && left == nil && once {
+		err = failpoint.Arm(points)
+	}
+	if err == nil && left != nil {
+		failpoint.Here("daemon.adopt.resume")
+		d.resume(left)
+	}
 	if err == nil {
+		failpoint.Here("daemon.adopt.ready")
 		err = d.guardian.Ready(ctx)
+	}
+	if err != nil && left != nil {
+		return fmt.Errorf("start pager on what another left: %w", err) // for the next to try: nothing is given up
 	}
 	if err != nil {
 		err = fmt.Errorf("start pager: %w", err)
@@ -164,12 +189,26 @@ func Run(o Options) error {
 		case <-ctx.Done():
 		}
 	}()
+	go d.holdMovements(ctx)
 	if listener != nil {
 		go d.accept(ctx, listener)
 	}
 	ended := make(chan struct{}) // the client's connection; cleaning up after it comes under closeLimit
+	end := sync.OnceFunc(func() { close(ended) })
+	var restarted *ipc.Restarted
+	if left != nil {
+		restarted = &ipc.Restarted{PagerPID: int32(os.Getpid())}
+		for _, s := range left.taken {
+			done := func() {}
+			if s.own && own != nil {
+				own.Close() // it is the same
+				own, done = nil, end
+			}
+			d.sessions.Go(func() { s.again(ctx, restarted, done) })
+		}
+	}
 	if own != nil {
-		d.sessions.Go(func() { d.serve(ctx, own, func() { close(ended) }) })
+		d.sessions.Go(func() { d.serve(ctx, own, true, restarted, end) })
 	}
 	select {
 	case <-ended:
@@ -178,12 +217,12 @@ func Run(o Options) error {
 	if listener != nil {
 		listener.Close()
 	}
-	if own == nil {
+	if o.Client == nil {
 		d.sessions.Wait() // they may leave in their own time: the guardian's patience is the limit
 	}
 	time.AfterFunc(closeLimit, func() {
 		d.log.Error("the pager does not come to its end: leaving what is left to the guardian")
-		os.Exit(1)
+		os.Exit(guardian.ExitState) // another one would not do better
 	})
 	cancel()
 	d.sessions.Wait()
@@ -194,38 +233,72 @@ func Run(o Options) error {
 // drain is the guardian's Stop: no new tasks, and the end when the last has left.
 func (d *Daemon) drain() { d.stopOnce.Do(func() { close(d.stop) }) }
 
-// open makes everything that does not need a task. What it made when it fails is close's.
-func (d *Daemon) open(link *os.File) (err error) {
-	if err = d.config.Check(); err != nil {
-		return err
-	}
+// open makes everything that does not need a task, or takes over what an earlier pager left: then left is not nil, and resume must follow. What it made when it
+// fails is close's, unless left is not nil.
+func (d *Daemon) open(link *os.File) (left *inheritance, err error) {
 	d.most = theMost()
 	if err = uffd.HaveRequired(); err != nil {
-		return err
+		return left, err
 	}
 	if d.guardian, err = guardian.NewClient(link, d.drain, acceptsState, d.log); err != nil {
-		return err
+		return left, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
 	defer cancel()
 	items, err := d.guardian.Items(ctx)
 	if err != nil {
-		return err
+		return left, err
 	}
-	if len(items) > 0 {
-		guardian.CloseItems(items)
-		return fmt.Errorf("take over %d items of another pager: %w", len(items), errors.ErrUnsupported)
+	if left, err = d.inherit(items); err != nil {
+		return left, err
 	}
-	if err := d.tellState(ctx); err != nil {
-		return err
+	if left == nil {
+		if err = d.config.Check(); err != nil {
+			return nil, err
+		}
+		if err := d.tellState(ctx); err != nil {
+			return nil, err
+		}
 	}
 	if d.probe, err = newProber(); err != nil {
-		return err
+		return left, err
 	}
 	if d.config.GiveDevice {
 		if d.device, err = os.OpenFile(uffd.DevicePath, os.O_RDWR, 0); err != nil {
-			return fmt.Errorf("hand out %s: %w", uffd.DevicePath, err)
+			return left, fmt.Errorf("hand out %s: %w", uffd.DevicePath, err)
 		}
+	}
+	if err := d.openFrames(left); err != nil {
+		return left, err
+	}
+	withBudget := d.config
+	withBudget.Resident = d.record.Resident
+	var paging []files.File
+	if left != nil {
+		paging = left.paging
+	}
+	if d.store, d.backing, err = d.openStore(withBudget, paging); err != nil {
+		return left, err
+	}
+	if d.pager, err = pager.New(pager.Options{Store: d.store, NewMemory: d.newMap, Log: d.log}); err != nil {
+		return left, err
+	}
+	if d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: d.newTable, Policy: d.config.Policy, Adopting: left != nil, Moved: d.moved, Log: d.log}); err != nil {
+		return left, err
+	}
+	d.vm.SetDefaultManager(d.pager)
+	if left != nil {
+		return left, d.adopt(left)
+	}
+	return nil, d.holdPager()
+}
+
+// openFrames makes the frames, or takes them over.
+func (d *Daemon) openFrames(left *inheritance) (err error) {
+	if left != nil {
+		d.budget = d.record.Budget
+		d.frames, err = frames.Open(frames.Options{Budget: d.budget, Adopt: &d.record.Frames, Mount: left.mount, Log: d.log})
+		return err
 	}
 	if d.budget = d.config.Resident; d.budget == 0 {
 		if d.budget, err = halfOfMemory(); err != nil {
@@ -235,19 +308,10 @@ func (d *Daemon) open(link *os.File) (err error) {
 	if d.frames, err = frames.Open(frames.Options{Budget: d.budget, Kind: d.config.Frames, Log: d.log}); err != nil {
 		return err
 	}
-	withBudget := d.config
-	withBudget.Resident = d.budget
-	if d.store, d.backing, err = openStore(withBudget, d.log); err != nil {
-		return err
+	d.record = pagerRecord{Resident: d.budget, Budget: d.budget, Frames: d.frames.State()}
+	if fd := d.frames.MountFD(); fd >= 0 {
+		return d.hold(guardian.Item{Kind: ipc.ItemMount, ID: 1, FD: fd})
 	}
-	if d.pager, err = pager.New(pager.Options{Store: d.store, NewMemory: newMap, Log: d.log}); err != nil {
-		return err
-	}
-	d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: newTable, Policy: d.config.Policy, Log: d.log})
-	if err != nil {
-		return err
-	}
-	d.vm.SetDefaultManager(d.pager)
 	return nil
 }
 
@@ -297,7 +361,8 @@ func (d *Daemon) accept(ctx context.Context, l *net.UnixListener) {
 				return
 			}
 		}
-		d.sessions.Go(func() { d.serve(ctx, uc, nil) })
+		failpoint.Here("daemon.session.accepted")
+		d.sessions.Go(func() { d.serve(ctx, uc, false, nil, func() {}) })
 	}
 }
 

@@ -10,6 +10,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"machpager/internal/failpoint"
 	"machpager/internal/vm"
 	"machpager/pager/emm"
 )
@@ -23,7 +26,10 @@ type object struct {
 	cluster int64        // immutable; bytes, as asked for
 	manager emm.Manager  // immutable; nil: the default pager
 	name    string       // immutable; of the manager
+	record  objectRecord // immutable, but for Length, which is size
 	rights  int          // guarded by objects.mu; handles and mappings
+
+	sizeMu sync.Mutex // held by who changes size
 }
 
 // objects are all objects that somebody has a right to.
@@ -41,11 +47,18 @@ func (t *objects) init() { t.byPort, t.byID = map[emm.Port]*object{}, map[uint64
 func (t *objects) add(o *object) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	o.rights = 1
+	o.rights++
 	t.byID[o.vm.ID()] = o
 	if !o.port.IsNull() {
 		t.byPort[o.port] = o
 	}
+}
+
+// unowned reports whether nobody has a right to an object, known or not: it was on its way in or out when the pager before this one died.
+func (t *objects) unowned(o *object) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return o.rights == 0
 }
 
 // open makes a right of a port.
@@ -128,10 +141,13 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 	if s.pageSize == 0 {
 		s.pageSize = 4096
 	}
-	keep := false
+	keep, file := false, -1 // a copy of the manager's, for the guardian
 	defer func() {
 		if s.file != nil && !keep {
 			s.file.Close()
+		}
+		if file >= 0 {
+			unix.Close(file)
 		}
 	}()
 	if s.size == 0 && s.file != nil {
@@ -153,6 +169,15 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 	}
 	o := &object{name: s.manager, cluster: s.cluster}
 	o.size.Store(s.size)
+	if s.file != nil {
+		err := withFD(s.file, func(fd int) (err error) {
+			file, err = dupFD(fd)
+			return err
+		})
+		if err != nil {
+			return nil, fmt.Errorf("create object: %w", err)
+		}
+	}
 	opt := vm.ObjectOptions{Size: s.size, PageSize: s.pageSize, ClusterSize: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax}
 	switch {
 	case s.manager != "":
@@ -168,6 +193,8 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 			return nil, err
 		}
 		o.own = true
+	default:
+		opt.Port = emm.NewPort() // for its first page-out; the next pager must know it too
 	}
 	if !s.private {
 		o.port = opt.Port
@@ -177,7 +204,13 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 		d.endManager(o, opt.Port)
 		return nil, err
 	}
+	o.record = objectRecord{Port: opt.Port.String(), Size: s.size, PageSize: s.pageSize, Cluster: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax,
+		Private: s.private, Own: o.own, Manager: s.manager, Arg: s.arg}
 	d.objects.add(o)
+	if err := d.holdObject(o, file); err != nil {
+		d.release(o)
+		return nil, fmt.Errorf("create object: %w", err)
+	}
 	return o, nil
 }
 
@@ -197,9 +230,11 @@ func (d *Daemon) release(o *object) {
 			d.pager.NoSenders(o.port) // its contents end with the Terminate that follows
 		}
 		o.vm.Terminate()
+		failpoint.Here("daemon.end.terminated")
 		if !o.own {
 			d.endManager(o, o.port)
 		}
+		d.letGoObject(o.vm.ID())
 	})
 	select {
 	case <-done:

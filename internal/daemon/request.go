@@ -23,30 +23,31 @@ func (s *session) handle(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 	greeted := s.greeted
 	s.greeted = greeted || m.Type == ipc.TypeHello
 	s.mu.Unlock()
-	if greeted == (m.Type == ipc.TypeHello) {
+	// The pager before this one may have answered the Hello.
+	if greeted == (m.Type == ipc.TypeHello) && !m.Resent() && (greeted || !s.inherited()) {
 		return ipc.Reply{}, fmt.Errorf("%v: a connection begins with one Hello: %w", m.Type, ipc.ErrMalformed)
 	}
 	switch m.Type {
 	case ipc.TypeHello:
 		return with(m, s.hello)
 	case ipc.TypeTaskUffd:
-		return empty(m, func(q ipc.TaskUffd) error { return s.takeUffd(ctx, q, m.TakeFD(0)) })
+		return empty(m, func(q ipc.TaskUffd) error { return s.takeUffd(q, m.TakeFD(0), m.Resent()) })
 	case ipc.TypeObjectCreate, ipc.TypeAllocate:
 		return s.create(ctx, m)
 	case ipc.TypeObjectOpen:
-		return with(m, s.open)
+		return s.open(m)
 	case ipc.TypeObjectClose:
-		return empty(m, func(q ipc.ObjectClose) error { return s.closeHandle(q.Handle) })
+		return empty(m, func(q ipc.ObjectClose) error { return s.closeHandle(q.Handle, m.Resent()) })
 	case ipc.TypeObjects:
 		return with(m, s.list)
 	case ipc.TypeObjectPages:
 		return with(m, s.pages)
 	case ipc.TypeMap:
-		return with(m, s.mapObject)
+		return s.mapObject(m)
 	case ipc.TypeMapReady:
-		return empty(m, func(q ipc.MapReady) error { return s.start(ctx, q) })
+		return empty(m, func(q ipc.MapReady) error { return s.start(q, m.Resent()) })
 	case ipc.TypeUnmap:
-		return empty(m, func(q ipc.Unmap) error { return s.unmap(q.Mapping) })
+		return empty(m, func(q ipc.Unmap) error { return s.unmap(q.Mapping, m.Resent()) })
 	case ipc.TypePopulate:
 		return empty(m, func(q ipc.Populate) error { return s.populate(ctx, q) })
 	case ipc.TypePageOut:
@@ -56,21 +57,21 @@ func (s *session) handle(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 	case ipc.TypeAdvise:
 		return empty(m, s.advise)
 	case ipc.TypeWire:
-		return empty(m, func(q ipc.Wire) error { return s.wire(ctx, q) })
+		return with(m, func(q ipc.Wire) (ipc.Reply, error) { return s.wire(ctx, q, m.Header) })
 	case ipc.TypeUnwire:
-		return empty(m, s.unwire)
+		return with(m, func(q ipc.Unwire) (ipc.Reply, error) { return s.unwire(q, m.Header) })
 	case ipc.TypeDiscard:
 		return empty(m, func(q ipc.Discard) error { return s.discard(ctx, q) })
 	case ipc.TypeObjectSetSize:
 		return empty(m, func(q ipc.ObjectSetSize) error { return s.setSize(ctx, q) })
 	case ipc.TypeObjectSnapshot:
-		return with(m, func(q ipc.ObjectSnapshot) (ipc.Reply, error) { return s.snapshot(ctx, q) })
+		return s.snapshot(ctx, m)
 	case ipc.TypeSetResident:
 		return empty(m, func(q ipc.SetResident) error { return s.setResident(ctx, q) })
 	case ipc.TypeBackingStoreCreate:
 		return s.createBacking(m)
 	case ipc.TypeBackingStoreDelete:
-		return empty(m, func(q ipc.BackingStore) error { return s.deleteBacking(ctx, q) })
+		return empty(m, func(q ipc.BackingStore) error { return s.deleteBacking(ctx, q, m.Resent()) })
 	case ipc.TypeBackingStoreInfo:
 		return with(m, s.nextBacking)
 	case ipc.TypeFaultReason:
@@ -134,6 +135,9 @@ func (s *session) create(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 	if err != nil {
 		return ipc.Reply{}, fmt.Errorf("create object: manager and argument: %w", err)
 	}
+	if h, o := s.madeHandle(m); o != nil {
+		return s.tell(h, o), nil
+	}
 	if err := s.roomForHandle(); err != nil {
 		return ipc.Reply{}, fmt.Errorf("create object: %w", err)
 	}
@@ -149,10 +153,17 @@ func (s *session) create(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 	if err != nil {
 		return ipc.Reply{}, err
 	}
-	return s.handOut(o), nil
+	return s.handOut(o, m.Seq)
 }
 
-func (s *session) open(q ipc.ObjectOpen) (ipc.Reply, error) {
+func (s *session) open(m *ipc.Message) (ipc.Reply, error) {
+	q, _, err := ipc.Decode[ipc.ObjectOpen](m.Body)
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	if h, o := s.madeHandle(m); o != nil {
+		return s.tell(h, o), nil
+	}
 	if err := s.roomForHandle(); err != nil {
 		return ipc.Reply{}, fmt.Errorf("open object: %w", err)
 	}
@@ -160,12 +171,21 @@ func (s *session) open(q ipc.ObjectOpen) (ipc.Reply, error) {
 	if err != nil {
 		return ipc.Reply{}, err
 	}
-	return s.handOut(o), nil
+	return s.handOut(o, m.Seq)
 }
 
-// handOut gives the task a handle for a right that was made for it.
-func (s *session) handOut(o *object) ipc.Reply {
-	return ipc.Reply{Body: ipc.ObjectReply{Handle: s.addHandle(o), Size: o.size.Load(), Port: o.port, PageSize: uint32(o.vm.PageSize())}}
+// handOut gives the task a handle for a right that was made for it, by the request seq.
+func (s *session) handOut(o *object, seq uint32) (ipc.Reply, error) {
+	h, err := s.addHandle(o, seq)
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	return s.tell(h, o), nil
+}
+
+// tell is what a task is told of a handle.
+func (s *session) tell(h uint64, o *object) ipc.Reply {
+	return ipc.Reply{Body: ipc.ObjectReply{Handle: h, Size: o.size.Load(), Port: o.port, PageSize: uint32(o.vm.PageSize())}}
 }
 
 // listMost is how many objects one reply lists.
@@ -212,12 +232,19 @@ func (s *session) pages(q ipc.ObjectPages) (ipc.Reply, error) {
 	return ipc.Reply{Body: ipc.ObjectPagesReply{Offset: q.Offset, Count: uint32(len(dst))}, Tail: dst}, nil
 }
 
-func (s *session) mapObject(q ipc.Map) (ipc.Reply, error) {
-	m, f, err := s.newMapping(q)
+func (s *session) mapObject(r *ipc.Message) (ipc.Reply, error) {
+	q, _, err := ipc.Decode[ipc.Map](r.Body)
 	if err != nil {
 		return ipc.Reply{}, err
 	}
-	return ipc.Reply{Body: ipc.MapReply{Mapping: m.vm.ID(), FileOffset: m.vm.Offset()}, FDs: []int{int(f.Fd())}, Done: func() { f.Close() }}, nil
+	m, f, err := s.madeMapping(r)
+	if m == nil && err == nil {
+		m, f, err = s.newMapping(q, r.Seq)
+	}
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	return ipc.Reply{Body: ipc.MapReply{Mapping: m.id, FileOffset: m.vm.Offset()}, FDs: []int{int(f.Fd())}, Done: func() { f.Close() }}, nil
 }
 
 // within checks a range of a mapping.

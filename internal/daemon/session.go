@@ -8,10 +8,12 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/guardian"
 	"machpager/internal/ipc"
 	"machpager/internal/vm"
@@ -23,46 +25,61 @@ import (
 type session struct {
 	d    *Daemon       // immutable
 	id   uint64        // immutable
+	own  bool          // immutable; of the task that this pager belongs to
 	uc   *net.UnixConn // immutable; for its descriptor, which is the ipc.Conn's
 	peer unix.Ucred    // immutable; who connected
 	log  *slog.Logger  // immutable
 
-	mu         sync.Mutex
-	greeted    bool                // guarded by mu
-	given      bool                // guarded by mu: a userfaultfd was handed over
-	task       *vm.Task            // guarded by mu; nil: none yet
-	fd         *uffd.FD            // guarded by mu; the task's, and the vm's to close
-	lastHandle uint64              // guarded by mu
-	handles    map[uint64]*object  // guarded by mu
-	mappings   map[uint64]*mapping // guarded by mu
+	// Of one that was taken over, until it is served.
+	conn    *ipc.Conn
+	leave   func()
+	spoiled bool // a mapping is not served: the guardian answers for the task
+
+	// What requests that the pager before this one had served have made, by their seq: they may come again. Immutable.
+	madeHandles  map[uint32]uint64
+	madeMappings map[uint32]*mapping
+
+	mu       sync.Mutex
+	greeted  bool                // guarded by mu
+	given    bool                // guarded by mu: a userfaultfd was handed over
+	task     *vm.Task            // guarded by mu; nil: none yet
+	fd       *uffd.FD            // guarded by mu; the task's, and the vm's to close
+	handles  map[uint64]*object  // guarded by mu
+	mappings map[uint64]*mapping // guarded by mu; by the number that the task knows
 }
+
+// inherited reports whether the session began with an earlier pager.
+func (s *session) inherited() bool { return s.madeHandles != nil }
 
 // mapping is one mapping and its way in and out. It is a right to its object.
 type mapping struct {
-	vm     *vm.Mapping // immutable
-	object *object     // immutable
+	vm      *vm.Mapping // immutable
+	id      uint64      // immutable; as the task knows it
+	session uint64      // immutable
+	seq     uint32      // immutable; of the request that made it
+	object  *object     // immutable
+	wires   wires
 
 	mu      sync.Mutex
-	started bool // guarded by mu; the guardian has the range
-	closed  bool // guarded by mu
+	record  mappingRecord // guarded by mu
+	started bool          // guarded by mu; the guardian has the range
+	addr    uint64        // guarded by mu; where the task said that it is
+	closed  bool          // guarded by mu
 }
 
 // guardianPatience bounds one call to the guardian.
 const guardianPatience = 5 * time.Second
 
-// serve serves one connection until it or ctx ends, and cleans up. ended, if not nil, is called in between.
-func (d *Daemon) serve(ctx context.Context, uc *net.UnixConn, ended func()) {
-	if ended == nil {
-		ended = func() {}
-	}
-	end := sync.OnceFunc(ended)
-	defer end()
+// serve serves one new connection until it or ctx ends, and cleans up. own says that it is that of the task that this pager belongs to: ended is called when it has
+// ended, before the cleaning up. restarted is for a connection from which a dead pager may have read.
+func (d *Daemon) serve(ctx context.Context, uc *net.UnixConn, own bool, restarted *ipc.Restarted, ended func()) {
+	defer ended()
 	conn, err := ipc.NewConn(uc)
 	if err != nil {
 		uc.Close()
 		return
 	}
-	s := &session{d: d, id: d.lastID.Add(1), uc: uc, handles: map[uint64]*object{}, mappings: map[uint64]*mapping{}}
+	s := &session{d: d, id: d.lastID.Add(1), own: own, uc: uc, handles: map[uint64]*object{}, mappings: map[uint64]*mapping{}}
 	if s.peer, err = conn.Peer(); err != nil {
 		conn.Close()
 		d.log.Warn("task refused: nobody knows who it is", "err", err)
@@ -81,12 +98,21 @@ func (d *Daemon) serve(ctx context.Context, uc *net.UnixConn, ended func()) {
 	}
 	s.log = d.log.With("session", s.id, "pid", s.peer.Pid, "uid", s.peer.Uid)
 	s.log.Info("task connected")
-	defer d.roster.enter(s)()
-	link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handle, Log: s.log})
+	if err := s.holdSocket(); err != nil {
+		s.log.Error("the guardian does not hold the connection: it would not outlive this pager", "err", err)
+	}
+	failpoint.Here("daemon.session.held")
+	s.run(ctx, conn, restarted, ended)
+}
+
+// run serves the connection of the session until it or ctx ends, and cleans up.
+func (s *session) run(ctx context.Context, conn *ipc.Conn, restarted *ipc.Restarted, ended func()) {
+	defer s.d.roster.enter(s)()
+	link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handle, Log: s.log, Restarted: restarted})
 	stop := context.AfterFunc(ctx, link.Hangup)
 	defer stop()
 	<-link.Done()
-	end()
+	ended()
 	link.Close() // waits for the requests that are being served
 	if err := link.Err(); !errors.Is(err, ipc.ErrGone) && !errors.Is(err, ipc.ErrClosed) {
 		s.log.Warn("connection broken", "err", err)
@@ -101,6 +127,9 @@ func (s *session) close() {
 	s.handles, s.mappings = nil, nil
 	s.mu.Unlock()
 	live := 0
+	if s.spoiled {
+		live++
+	}
 	for _, m := range mappings {
 		if m.started {
 			live++
@@ -108,28 +137,27 @@ func (s *session) close() {
 	}
 	if task != nil {
 		task.Close() // with its mappings
-		ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
-		defer cancel()
-		drop := s.d.guardian.DropTask
-		if live > 0 {
-			drop = s.d.guardian.EndTask
-		}
-		if err := drop(ctx, s.id); err != nil {
+	}
+	if live > 0 {
+		if err := s.d.hold(guardian.Item{Kind: ipc.ItemEnd, ID: s.id}); err != nil {
 			s.log.Warn("task left", "err", err)
 		}
+	} else {
+		s.d.letGo(ipc.ItemTask, s.id) // with its socket
 	}
+	failpoint.Here("daemon.session.left")
 	for _, m := range mappings {
-		m.vm.Close()
-		s.d.release(m.object)
+		s.end(m)
 	}
-	for _, o := range handles {
+	for h, o := range handles {
+		s.d.letGo(ipc.ItemHandle, h)
 		s.d.release(o)
 	}
 	s.log.Info("task left", "mappings", len(mappings), "objects", len(handles))
 }
 
 // takeUffd begins to serve the faults that come in by raw.
-func (s *session) takeUffd(ctx context.Context, q ipc.TaskUffd, raw int) error {
+func (s *session) takeUffd(q ipc.TaskUffd, raw int, resent bool) error {
 	if err := checkFeatures(raw, uffd.Features(q.Features)); err != nil {
 		unix.Close(raw)
 		return fmt.Errorf("take userfaultfd: %w", err)
@@ -138,11 +166,16 @@ func (s *session) takeUffd(ctx context.Context, q ipc.TaskUffd, raw int) error {
 	twice := s.given
 	s.given = true
 	s.mu.Unlock()
+	if twice && resent {
+		unix.Close(raw)
+		return nil // the one before this pager had taken it
+	}
 	if twice {
 		unix.Close(raw)
 		return fmt.Errorf("take userfaultfd: this connection has handed one over already: %w", emm.InvalidArgument)
 	}
-	err := s.putTask(ctx, raw)
+	err := s.d.hold(guardian.Item{Kind: ipc.ItemTask, ID: s.id, Tail: fmt.Appendf(nil, "session %d, pid %d", s.id, s.peer.Pid), FD: raw})
+	failpoint.Here("daemon.task.held")
 	fd := uffd.FromFdNonblock(raw)
 	var task *vm.Task
 	if err == nil {
@@ -151,7 +184,8 @@ func (s *session) takeUffd(ctx context.Context, q ipc.TaskUffd, raw int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
-		s.dropTask() // the guardian may have it
+		s.d.letGo(ipc.ItemTask, s.id) // the guardian may have it
+		s.holdSocket()                // which went with it
 		fd.Close()
 		s.given = false
 		return fmt.Errorf("take userfaultfd: %w", err)
@@ -160,26 +194,27 @@ func (s *session) takeUffd(ctx context.Context, q ipc.TaskUffd, raw int) error {
 	return nil
 }
 
-// putTask has the guardian hold the task's userfaultfd and socket.
-func (s *session) putTask(ctx context.Context, raw int) error {
-	rc, err := s.uc.SyscallConn()
+// holdSocket has the guardian hold the connection.
+func (s *session) holdSocket() error {
+	i := guardian.Item{Kind: ipc.ItemSocket, ID: s.id}
+	if s.own {
+		i.A = 1
+	}
+	return withFD(s.uc, func(fd int) error {
+		i.FD = fd
+		return s.d.hold(i)
+	})
+}
+
+// withFD calls fn with a socket's descriptor, which stays open meanwhile.
+func withFD(c syscall.Conn, fn func(fd int) error) error {
+	rc, err := c.SyscallConn()
 	if err != nil {
 		return err
 	}
-	perr := error(nil)
-	err = rc.Control(func(socket uintptr) {
-		perr = s.d.guardian.PutTask(ctx, s.id, fmt.Sprintf("session %d, pid %d", s.id, s.peer.Pid), raw, int(socket))
-	})
-	return errors.Join(perr, err)
-}
-
-// dropTask has the guardian forget the task.
-func (s *session) dropTask() {
-	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
-	defer cancel()
-	if err := s.d.guardian.DropTask(ctx, s.id); err != nil {
-		s.log.Warn("drop task", "err", err)
-	}
+	ferr := error(nil)
+	err = rc.Control(func(fd uintptr) { ferr = fn(int(fd)) })
+	return errors.Join(ferr, err)
 }
 
 // roomForHandle is an error if the connection has as many handles as it may. Requests that are served at the same time may go a little beyond.
@@ -189,13 +224,35 @@ func (s *session) roomForHandle() error {
 	return room("handles of this connection", len(s.handles), s.d.limits.handles)
 }
 
-// addHandle makes a number for a right.
-func (s *session) addHandle(o *object) uint64 {
+// addHandle makes a number for a right, by the request seq. On an error the right is given up.
+func (s *session) addHandle(o *object, seq uint32) (uint64, error) {
+	h, err := s.d.number()
+	if err == nil {
+		err = s.d.hold(guardian.Item{Kind: ipc.ItemHandle, ID: h, Parent: s.id, A: o.vm.ID(), B: uint64(seq)})
+	}
+	if err != nil {
+		s.d.release(o)
+		return 0, err
+	}
+	failpoint.Here("daemon.handle.held")
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastHandle++
-	s.handles[s.lastHandle] = o
-	return s.lastHandle
+	s.handles[h] = o
+	return h, nil
+}
+
+// madeHandle is what a request that came again had made when it came first; 0: nothing that is left.
+func (s *session) madeHandle(m *ipc.Message) (handle uint64, o *object) {
+	if !m.Resent() {
+		return 0, nil
+	}
+	handle = s.madeHandles[m.Seq]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if o = s.handles[handle]; o == nil {
+		return 0, nil
+	}
+	return handle, o
 }
 
 // object finds a handle's object, and makes a right for the request, to be released.
@@ -210,20 +267,26 @@ func (s *session) object(handle uint64) (*object, error) {
 	return o, nil
 }
 
-func (s *session) closeHandle(handle uint64) error {
+// closeHandle gives a handle up. One that is not there was given up before, if the request was resent.
+func (s *session) closeHandle(handle uint64, resent bool) error {
 	s.mu.Lock()
 	o := s.handles[handle]
 	delete(s.handles, handle)
 	s.mu.Unlock()
+	if o == nil && resent {
+		return nil
+	}
 	if o == nil {
 		return fmt.Errorf("close object: this connection has no handle %d: %w", handle, emm.InvalidName)
 	}
+	s.d.letGo(ipc.ItemHandle, handle)
+	failpoint.Here("daemon.close.dropped")
 	s.d.release(o)
 	return nil
 }
 
-// newMapping is the first half of vm_map.
-func (s *session) newMapping(q ipc.Map) (*mapping, *os.File, error) {
+// newMapping is the first half of vm_map, for the request seq.
+func (s *session) newMapping(q ipc.Map, seq uint32) (*mapping, *os.File, error) {
 	o, err := s.object(q.Handle)
 	if err != nil {
 		return nil, nil, fmt.Errorf("map object: %w", err)
@@ -247,17 +310,57 @@ func (s *session) newMapping(q ipc.Map) (*mapping, *os.File, error) {
 		err = fmt.Errorf("map object: what is behind it can only be read: map it read-only (MapOptions.ReadOnly): %w", emm.ProtectionFailure)
 	}
 	var f *os.File
-	m := &mapping{object: o} // the right that object made is the mapping's
+	// The right that object made is the mapping's.
+	m := &mapping{object: o, session: s.id, seq: seq, record: mappingRecord{Offset: q.Offset, Size: q.Size, ReadOnly: q.Flags&ipc.MapReadOnly != 0}}
 	if err == nil {
-		m.vm, f, err = task.NewMapping(o.vm, q.Offset, q.Size, q.Flags&ipc.MapReadOnly != 0)
+		m.id, err = s.d.number()
+	}
+	if err == nil {
+		m.vm, f, err = task.NewMapping(o.vm, q.Offset, q.Size, m.record.ReadOnly)
+	}
+	if err == nil {
+		failpoint.Here("daemon.map.made")
+		if err = m.hold(s.d); err != nil {
+			m.vm.Close()
+			f.Close()
+		}
 	}
 	if err != nil {
 		s.d.release(o)
 		return nil, nil, err
 	}
+	failpoint.Here("daemon.map.held")
+	s.addMapping(m)
+	return m, f, nil
+}
+
+func (s *session) addMapping(m *mapping) {
+	s.d.mappings.Store(m.vm.ID(), m)
 	s.mu.Lock()
-	s.mappings[m.vm.ID()] = m
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	s.mappings[m.id] = m
+}
+
+// madeMapping is what a Map that came again had made when it came first, with the file once more; nil: nothing that is left.
+func (s *session) madeMapping(r *ipc.Message) (*mapping, *os.File, error) {
+	if !r.Resent() {
+		return nil, nil, nil
+	}
+	m := s.madeMappings[r.Seq]
+	if m == nil {
+		return nil, nil, nil
+	}
+	if _, err := s.mapping(m.id); err != nil {
+		return nil, nil, nil
+	}
+	open := m.object.vm.File().Dup
+	if m.vm.ReadOnly() {
+		open = m.object.vm.File().ReadOnly
+	}
+	f, err := open()
+	if err != nil {
+		return nil, nil, fmt.Errorf("map object: hand out its file: %w", err)
+	}
 	return m, f, nil
 }
 
@@ -272,7 +375,7 @@ func (s *session) mapping(id uint64) (*mapping, error) {
 }
 
 // start is the second half of vm_map.
-func (s *session) start(ctx context.Context, q ipc.MapReady) error {
+func (s *session) start(q ipc.MapReady, resent bool) error {
 	m, err := s.mapping(q.Mapping)
 	if err != nil {
 		return fmt.Errorf("start mapping: %w", err)
@@ -283,6 +386,9 @@ func (s *session) start(ctx context.Context, q ipc.MapReady) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if resent && m.started && m.addr == r.Start {
+		return nil
+	}
 	if m.started || m.closed {
 		return fmt.Errorf("start mapping %d: it was started or ended before: %w", q.Mapping, emm.InvalidArgument)
 	}
@@ -293,41 +399,49 @@ func (s *session) start(ctx context.Context, q ipc.MapReady) error {
 		return fmt.Errorf("start mapping: %w", err)
 	}
 	// From here on the range is the guardian's to answer for, whatever happens to the request.
-	if err := s.d.guardian.PutRange(context.WithoutCancel(ctx), s.id, m.vm.ID(), r); err != nil {
+	if err := s.d.hold(guardian.Item{Kind: ipc.ItemRange, ID: m.id, Parent: s.id, A: r.Start, B: r.Len}); err != nil {
 		return fmt.Errorf("start mapping: %w", err)
 	}
+	failpoint.Here("daemon.ready.held")
 	if err := m.vm.Start(r.Start); err != nil {
-		s.dropRange(m)
+		s.d.letGo(ipc.ItemRange, m.id)
 		return err
 	}
-	m.started = true
+	failpoint.Here("daemon.ready.started")
+	m.started, m.addr = true, r.Start
 	return nil
 }
 
-// unmap is vm_deallocate.
-func (s *session) unmap(id uint64) error {
+// unmap is vm_deallocate. A mapping that is not there has ended before, if the request was resent.
+func (s *session) unmap(id uint64, resent bool) error {
 	s.mu.Lock()
 	m := s.mappings[id]
 	delete(s.mappings, id)
 	s.mu.Unlock()
+	if m == nil && resent {
+		return nil
+	}
 	if m == nil {
 		return fmt.Errorf("unmap: this connection has no mapping %d: %w", id, emm.InvalidName)
 	}
-	m.mu.Lock()
-	m.closed = true
-	m.vm.Close()
-	if m.started {
-		s.dropRange(m)
-	}
-	m.mu.Unlock()
-	s.d.release(m.object)
+	s.end(m)
 	return nil
 }
 
-func (s *session) dropRange(m *mapping) {
-	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
-	defer cancel()
-	if err := s.d.guardian.DropRange(ctx, m.vm.ID()); err != nil {
-		s.log.Warn("unmap", "err", err) // a range too many does no harm
+// end ends a mapping that nobody can find any more.
+func (s *session) end(m *mapping) {
+	m.mu.Lock()
+	m.closed = true
+	m.vm.Close()
+	failpoint.Here("daemon.unmap.closed")
+	if m.started {
+		s.d.letGo(ipc.ItemRange, m.id)
 	}
+	failpoint.Here("daemon.unmap.range")
+	m.wires.drop(s.d, m.id)
+	s.d.letGo(ipc.ItemMapping, m.id)
+	m.mu.Unlock()
+	failpoint.Here("daemon.unmap.dropped")
+	s.d.mappings.Delete(m.vm.ID())
+	s.d.release(m.object)
 }

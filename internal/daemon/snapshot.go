@@ -4,13 +4,21 @@ import (
 	"context"
 	"fmt"
 
+	"machpager/internal/failpoint"
 	"machpager/internal/ipc"
 	"machpager/internal/vm"
 	"machpager/pager/emm"
 )
 
 // snapshot makes an object with the contents that another has at this instant, and gives the task a right to it.
-func (s *session) snapshot(ctx context.Context, q ipc.ObjectSnapshot) (ipc.Reply, error) {
+func (s *session) snapshot(ctx context.Context, m *ipc.Message) (ipc.Reply, error) {
+	q, _, err := ipc.Decode[ipc.ObjectSnapshot](m.Body)
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	if h, o := s.madeHandle(m); o != nil {
+		return s.tell(h, o), nil
+	}
 	if err := s.roomForHandle(); err != nil {
 		return ipc.Reply{}, fmt.Errorf("snapshot: %w", err)
 	}
@@ -23,7 +31,7 @@ func (s *session) snapshot(ctx context.Context, q ipc.ObjectSnapshot) (ipc.Reply
 	if err != nil {
 		return ipc.Reply{}, err
 	}
-	return s.handOut(c), nil
+	return s.handOut(c, m.Seq)
 }
 
 // snapshot makes an object with one right. Only the default pager can share what it has stored.
@@ -43,11 +51,17 @@ func (d *Daemon) snapshot(ctx context.Context, o *object) (*object, error) {
 	if err := o.vm.Snapshot(ctx, func(port emm.Port) error { return d.pager.Snapshot(port, c.port) }); err != nil {
 		return nil, err
 	}
+	failpoint.Here("daemon.snapshot.shared")
 	var err error
 	if c.vm, err = d.vm.NewObject(vm.ObjectOptions{Size: size, PageSize: o.vm.PageSize(), ClusterSize: c.cluster, Port: c.port, Manager: d.pager}); err != nil {
 		d.endManager(c, c.port)
 		return nil, err
 	}
+	c.record = objectRecord{Port: c.port.String(), Size: size, PageSize: o.vm.PageSize(), Cluster: c.cluster, Own: true}
 	d.objects.add(c)
+	if err := d.holdObject(c, -1); err != nil {
+		d.release(c)
+		return nil, fmt.Errorf("snapshot: %w", err)
+	}
 	return c, nil
 }

@@ -3,8 +3,10 @@ package daemon
 import (
 	"errors"
 	"fmt"
-	"log/slog"
+	"os"
 
+	"machpager/internal/guardian"
+	"machpager/internal/ipc"
 	"machpager/pager/emm"
 	"machpager/pager/store"
 	"machpager/pager/store/compressed"
@@ -25,17 +27,18 @@ const (
 // Stores are all kinds of paging space.
 var Stores = []string{StoreFile, StoreMemory, StoreCompressed, StoreTiered}
 
-// openStore opens the kind of paging space that c names; c.Resident is the budget, not 0. backing is the part of it that is files, nil: none is.
-func openStore(c Config, log *slog.Logger) (s store.Store, backing *files.Store, err error) {
+// openStore opens the kind of paging space that c names, or takes over what an earlier pager left of it; c.Resident is the budget, not 0. backing is the part of it
+// that is files, nil: none is.
+func (d *Daemon) openStore(c Config, left []files.File) (s store.Store, backing *files.Store, err error) {
 	switch c.Store {
 	case StoreFile:
-		backing, err = openFiles(c, c.Capacity)
+		backing, err = d.openFiles(c, c.Capacity, left)
 		if err != nil {
 			return nil, nil, err
 		}
 		return backing, backing, nil
 	case StoreMemory:
-		mem, err := newMemory("contents", maxContents)
+		mem, err := d.newMemory("contents", maxContents)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -45,51 +48,64 @@ func openStore(c Config, log *slog.Logger) (s store.Store, backing *files.Store,
 		}
 		return s, nil, nil
 	case StoreCompressed:
-		s, err = openCompressed(c.Capacity, c.Compressed)
+		s, err = d.openCompressed(c.Capacity, c.Compressed)
 		return s, nil, err
 	case "", StoreTiered:
-		return openTiered(c, log)
+		return d.openTiered(c, left)
 	}
 	return nil, nil, fmt.Errorf("open paging space: kind %q: want one of %q: %w", c.Store, Stores, emm.InvalidArgument)
 }
 
-// openFiles opens a paging file, to which others can be added. That costs a read nothing that could be measured against store/file alone.
-func openFiles(c Config, capacity int64) (*files.Store, error) {
-	words, err := newMemory("places", maxMap)
+// openFiles opens a paging file, to which others can be added, or those that are left. That costs a read nothing that could be measured against store/file alone.
+func (d *Daemon) openFiles(c Config, capacity int64, left []files.File) (*files.Store, error) {
+	words, err := d.newMemory("places", maxMap)
 	if err != nil {
 		return nil, err
 	}
-	s, err := files.New(&files.Options{Words: words})
+	s, err := files.New(&files.Options{Words: words, Files: left})
 	if err != nil {
 		return nil, errors.Join(err, words.Close())
 	}
-	if _, err := addFile(s, file.Options{Dir: c.Dir, Capacity: capacity}, 0); err != nil {
+	if len(left) > 0 {
+		return s, nil
+	}
+	if _, err := s.Create(d.pagingFile(file.Options{Dir: c.Dir, Capacity: capacity}, 0, request{})); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
 }
 
-// addFile adds a paging file, with memory for its checksums.
-func addFile(s *files.Store, o file.Options, priority int) (files.ID, error) {
-	sums, err := newMemory("sums", maxMap)
-	if err != nil {
-		return 0, err
-	}
-	o.Sums = sums
-	id, err := s.Create(files.File{Priority: priority, Options: o})
-	if err != nil {
-		return 0, errors.Join(err, sums.Close())
-	}
-	return id, nil
+// request names a request over the lives of several pagers.
+type request struct {
+	session uint64
+	seq     uint32
+}
+
+// pagingFile is a paging file to be made, which the guardian holds with its checksums.
+func (d *Daemon) pagingFile(o file.Options, priority int, by request) files.File {
+	return files.File{Priority: priority, Options: o, Sums: d.newSums, Keep: func(id files.ID, f *os.File) error {
+		tail, err := encode(pagingRecord{Dir: o.Dir, Capacity: o.Capacity, Priority: priority, Preallocate: o.Preallocate})
+		if err != nil {
+			return err
+		}
+		return withFD(f, func(fd int) error {
+			return d.hold(guardian.Item{Kind: ipc.ItemPagingFile, ID: uint64(id), Parent: by.session, B: uint64(by.seq), Tail: tail, FD: fd})
+		})
+	}}
+}
+
+// newSums makes the memory of a paging file's checksums, or finds it.
+func (d *Daemon) newSums(id files.ID) (store.Memory, error) {
+	return d.newMemory(fmt.Sprintf("sums.%d", id), maxMap)
 }
 
 // openCompressed opens compressed memory for capacity bytes of contents in limit bytes of memory; 0: no bound of its own.
-func openCompressed(capacity, limit int64) (store.Store, error) {
-	index, err := newMemory("index", maxMap)
+func (d *Daemon) openCompressed(capacity, limit int64) (store.Store, error) {
+	index, err := d.newMemory("index", maxMap)
 	if err != nil {
 		return nil, err
 	}
-	data, err := newMemory("compressed", maxContents)
+	data, err := d.newMemory("compressed", maxContents)
 	if err != nil {
 		return nil, errors.Join(err, index.Close())
 	}
@@ -101,24 +117,24 @@ func openCompressed(capacity, limit int64) (store.Store, error) {
 }
 
 // openTiered opens compressed memory in front of files.
-func openTiered(c Config, log *slog.Logger) (store.Store, *files.Store, error) {
+func (d *Daemon) openTiered(c Config, left []files.File) (store.Store, *files.Store, error) {
 	limit := c.Compressed
 	if limit == 0 {
 		limit = max(c.Resident/2, minCompressed)
 	}
-	fast, err := openCompressed(0, limit)
+	fast, err := d.openCompressed(0, limit)
 	if err != nil {
 		return nil, nil, err
 	}
-	slow, err := openFiles(c, 0)
+	slow, err := d.openFiles(c, 0, left)
 	if err != nil {
 		return nil, nil, errors.Join(err, fast.Close())
 	}
-	words, err := newMemory("tiers", maxMap)
+	words, err := d.newMemory("tiers", maxMap)
 	if err != nil {
 		return nil, nil, errors.Join(err, fast.Close(), slow.Close())
 	}
-	s, err := tiered.New(tiered.Options{Fast: fast, Slow: slow, Words: words, Capacity: c.Capacity, Log: log})
+	s, err := tiered.New(tiered.Options{Fast: fast, Slow: slow, Words: words, Capacity: c.Capacity, Log: d.log})
 	if err != nil {
 		return nil, nil, errors.Join(err, fast.Close(), slow.Close(), words.Close())
 	}

@@ -64,6 +64,11 @@ type pagerOptions struct {
 
 	Store, Policy, Dir   string
 	Compressed, Capacity int64
+
+	Restarts   int
+	Served     bool // by spawn.Serve: until SIGTERM
+	Settled    time.Duration
+	Failpoints string
 }
 
 // servePager is a process whose child is the pager; it waits for the end of its input.
@@ -78,7 +83,19 @@ func servePager(c *conn) error {
 	if o.Memory {
 		o.Store = "memory"
 	}
-	p, err := startPager(context.Background(), spawn.Options{Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir,
+	if o.Served {
+		log := slog.New(slog.NewTextHandler(os.Stderr, nil))
+		ctx, cancel := context.WithCancel(context.Background())
+		go func() {
+			var end bool
+			c.recv(&end)
+			cancel()
+		}()
+		return spawn.Serve(ctx, spawn.ServeOptions{Log: log, Grace: time.Second, Ready: func(int) { c.send(true) }, Config: daemon.Config{
+			Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir, Compressed: o.Compressed, Capacity: o.Capacity, Restarts: o.Restarts,
+			Settled: o.Settled, Failpoints: o.Failpoints}})
+	}
+	p, err := startPager(context.Background(), spawn.Options{Restarts: o.Restarts, Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir,
 		Compressed: o.Compressed, Capacity: o.Capacity})
 	if err != nil {
 		return err

@@ -97,7 +97,10 @@ func Main(managers ...Manager) {
 	flush()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", role, err)
-		if daemon.Refused(err) {
+		switch {
+		case errors.Is(err, daemon.ErrState):
+			os.Exit(guardian.ExitState)
+		case daemon.Refused(err):
 			os.Exit(daemon.StatusRefused)
 		}
 		os.Exit(1)
@@ -122,7 +125,7 @@ func serveRole(h hello, managers []Manager, log *slog.Logger) error {
 		return err
 	}
 	return guardian.Run(guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Client: link,
-		Restarts: restarts(h.Config), Ready: func(int) { lessen(h.Config, log) }, Log: log})
+		Restarts: restarts(h.Config), Settled: h.Config.Settled, Ready: func(int) { lessen(h.Config, log) }, Log: log})
 }
 
 // pagerCommand is the command of a pager that is this program.

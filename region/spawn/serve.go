@@ -75,7 +75,7 @@ func Serve(ctx context.Context, o ServeOptions) error {
 			o.Ready(pid)
 		}
 	}
-	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Stop: signals, Grace: o.Grace, Ready: ready, Log: o.Log}
+	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Settled: o.Settled, Stop: signals, Grace: o.Grace, Ready: ready, Log: o.Log}
 	if g.Restarts > 0 {
 		path, err := os.Executable()
 		if err != nil {
