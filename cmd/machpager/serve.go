@@ -30,6 +30,9 @@ func newServe() *cobra.Command {
 		Long: `Runs a pager; this process is its guardian. Whoever may connect to the socket may use it: the user who runs it, and with --group the
 members of that group. It ends in order on SIGTERM or SIGINT: it takes no more tasks and waits for those there are; a second signal ends the waiting.
 
+Under systemd it says when it is ready and when it ends (Type=notify), takes the socket of a socket unit (ListenSequentialPacket=), and with WatchdogSec= looks whether
+the pager answers: one that does not is ended. Units are in contrib/systemd.
+
 Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -39,11 +42,19 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 			if grace < 0 {
 				return usageError{fmt.Errorf("--grace %v: want a time that is not negative (see machpager serve --help)", grace)}
 			}
+			m, err := newManager(c.Flags().Changed, &o)
+			if err != nil {
+				return err
+			}
 			o.Resident, o.Compressed, o.Capacity, o.Grace = int64(resident), int64(compressed), int64(capacity), grace
 			if err := o.Check(); err != nil {
 				return usageError{fmt.Errorf("%w (see machpager serve --help)", err)}
 			}
-			o.Ready = func(pid int) { fmt.Fprintf(c.OutOrStdout(), "the pager (process %d) listens at %s\n", pid, o.Socket) }
+			o.Ready = func(pid int) {
+				fmt.Fprintf(c.OutOrStdout(), "the pager (process %d) listens at %s\n", pid, o.Socket)
+				m.ready(pid)
+			}
+			defer m.watch(c.Context(), o.Socket)()
 			// Signals are Serve's own to count.
 			return spawn.Serve(context.WithoutCancel(c.Context()), o)
 		},

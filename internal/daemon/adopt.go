@@ -427,8 +427,11 @@ func (s *session) again(ctx context.Context, restarted *ipc.Restarted, ended fun
 	s.run(ctx, s.conn, restarted, ended)
 }
 
-// listen makes the socket that tasks connect to, or takes it over.
-func (d *Daemon) listen(left *inheritance) (*net.UnixListener, error) {
+// listen makes the socket that tasks connect to, or takes over what the pager before this one had, or what a service manager has made.
+func (d *Daemon) listen(left *inheritance, given *os.File) (*net.UnixListener, error) {
+	if d.config.Activated {
+		return listenAt(given) // every pager gets it
+	}
 	if left != nil && left.listener != nil {
 		l, err := net.FileListener(left.listener)
 		left.listener.Close()

@@ -27,6 +27,7 @@ type Config struct {
 	Policy     string        // what chooses the pages that go: one of policy.Names; "": policy.Default
 	Frames     frames.Kind   // 0: the best that works
 	Socket     string        // listen here; "": do not
+	Activated  bool          // Socket is there already, made by a service manager that passes it on: Options.Listener
 	Group      string        // name or number of the group that may use Socket; "": the user alone
 	Restarts   int           // deaths of the pager in a row that are answered with a new one: see guardian.Options; 0: the default, less: none
 	Settled    time.Duration // how long a pager must have lived for its death to be the first in a row again; 0: 10 s

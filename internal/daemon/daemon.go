@@ -65,6 +65,7 @@ type Options struct {
 	Managers []Manager
 	Guardian *os.File // this process's end of the link to its guardian, hello read; stays the caller's
 	Client   *os.File // the socket of the task that this pager belongs to: when it ends, so does the pager. nil: none
+	Listener *os.File // with Config.Activated: the socket that tasks connect to, listening; stays the caller's
 	Log      *slog.Logger
 }
 
@@ -149,7 +150,7 @@ func Run(o Options) error {
 	var listener *net.UnixListener
 	left, err := d.open(o.Guardian)
 	if err == nil && o.Socket != "" {
-		listener, err = d.listen(left)
+		listener, err = d.listen(left, o.Listener)
 	}
 	if err == nil {
 		err = d.confine(ctx)

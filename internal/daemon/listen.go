@@ -59,6 +59,21 @@ func listen(path, group string) (*net.UnixListener, error) {
 	return l, nil
 }
 
+// listenAt takes connections of a socket that listens already. It is whose who made it: it is not removed at the end.
+func listenAt(f *os.File) (*net.UnixListener, error) {
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("listen at the socket that was passed on: %w", err)
+	}
+	ul, ok := l.(*net.UnixListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("listen at the socket that was passed on: it is no unix socket: %w", unix.EPROTOTYPE)
+	}
+	ul.SetUnlinkOnClose(false)
+	return ul, nil
+}
+
 // listenHint is the remedy for a socket that cannot be made.
 func listenHint(err error) string {
 	if errors.Is(err, os.ErrPermission) {

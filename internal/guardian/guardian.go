@@ -63,6 +63,9 @@ type Options struct {
 	Hello []byte
 	// Client is the socket of the task that started all this: given to every pager, and shut down when the last has gone. Stays the caller's. nil: none.
 	Client *os.File
+	// Listener is a listening socket that somebody else has made: given to every pager as fd 4, in the place of Client, of which there is none then. Stays the
+	// caller's. nil: none.
+	Listener *os.File
 	// Restarts is how many deaths in a row, each within Settled of its start, are answered with a new pager. 0: none, the first death is the end.
 	Restarts int
 	// Settled is how long a pager that served must have lived for its death to be the first in a row again; 0: 10 s.

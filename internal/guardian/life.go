@@ -29,6 +29,8 @@ func (s *supervisor) start(command func() *exec.Cmd, hello []byte) (*life, error
 	l.cmd.ExtraFiles = []*os.File{theirs}
 	if s.Client != nil {
 		l.cmd.ExtraFiles = append(l.cmd.ExtraFiles, s.Client)
+	} else if s.Listener != nil {
+		l.cmd.ExtraFiles = append(l.cmd.ExtraFiles, s.Listener)
 	}
 	err = l.cmd.Start()
 	theirs.Close()

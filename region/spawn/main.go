@@ -33,7 +33,7 @@ const self = "/proc/self/exe"
 // Descriptors of the children.
 const (
 	linkFD   = 3 // the socket with the greeting: of the guardian to the task, of the pager to its guardian
-	clientFD = 4 // of the pager: the task's socket, if there is one
+	clientFD = 4 // of the pager: the task's socket, if there is one, or the listening socket that a service manager made
 )
 
 // hello is the greeting on fd 3.
@@ -116,6 +116,10 @@ func serveRole(h hello, managers []Manager, log *slog.Logger) error {
 		if h.Client {
 			unix.CloseOnExec(clientFD)
 			o.Client = os.NewFile(clientFD, "client")
+		}
+		if h.Config.Activated {
+			unix.CloseOnExec(clientFD)
+			o.Listener = os.NewFile(clientFD, "listener")
 		}
 		return daemon.Run(o)
 	}

@@ -29,8 +29,11 @@ type ServeOptions struct {
 	Grace time.Duration // how long tasks may take to leave after the first signal; 0: 10 s
 	Level slog.Level    // of the pager's log, which goes to standard error as text, or as JSON
 	JSON  bool
-	Log   *slog.Logger  // the guardian's own; nil: discard
-	Ready func(pid int) // called when the pager serves; nil: nothing
+	Log   *slog.Logger  // the guardian's own; nil: to standard error, as the pager's
+	Ready func(pid int) // called whenever a pager serves; nil: nothing
+	// Listener is a listening unix socket of the type SOCK_SEQPACKET that somebody else has made (socket activation): tasks connect there, and it stays when Serve
+	// ends. Config.Socket says where it is. nil: one is made at Config.Socket.
+	Listener *os.File
 }
 
 // Serve runs a pager for everybody who may open its socket, with this process as the guardian. On SIGTERM or SIGINT (or when ctx ends) it takes no more
@@ -42,6 +45,7 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	if !mainCalled.Load() {
 		return fmt.Errorf("serve: %w", ErrNoMain)
 	}
+	o.Activated = o.Listener != nil
 	h := hello{Version: helloVersion, Role: rolePager, Config: o.Config, JSON: o.JSON, Level: o.Level}
 	for _, p := range []*string{&h.Config.Dir, &h.Config.Socket} { // the pager lives elsewhere
 		if *p == "" {
@@ -67,7 +71,10 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	defer stop()
 	log := o.Log
 	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+		var flush func()
+		log, flush = newLog(o.JSON, o.Level)
+		log = log.With("process", roleGuardian)
+		defer flush()
 	}
 	ready := func(pid int) {
 		lessen(o.Config, log)
@@ -75,7 +82,7 @@ func Serve(ctx context.Context, o ServeOptions) error {
 			o.Ready(pid)
 		}
 	}
-	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Settled: o.Settled, Stop: signals, Grace: o.Grace, Ready: ready, Log: o.Log}
+	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Settled: o.Settled, Stop: signals, Grace: o.Grace, Ready: ready, Listener: o.Listener, Log: log}
 	if g.Restarts > 0 {
 		path, err := os.Executable()
 		if err != nil {

@@ -168,7 +168,7 @@ func greetedPair(h hello) (*net.UnixConn, *os.File, error) {
 	return c.(*net.UnixConn), theirs, nil
 }
 
-// childCommand is a command for one of the roles: no GO* variables but the race detector's, a process group of its own, no directory held.
+// childCommand is a command for one of the roles: no GO* variables but the race detector's, nor the service manager's socket, a process group of its own, no directory held.
 //
 // The group keeps Ctrl-C and what a shell sends to the program's group away; the role ignores the signals besides. A session would do the same, but the kernel's
 // automatic task groups (sched(7), autogroup) schedule each session as one, which costs every switch between the faulting thread and the pager 0.5 to 1 us.
@@ -178,9 +178,11 @@ func childCommand(path, role string) *exec.Cmd {
 	cmd.Dir = "/"
 	cmd.Env = make([]string, 0, len(os.Environ()))
 	for _, v := range os.Environ() {
-		if !strings.HasPrefix(v, "GO") || strings.HasPrefix(v, "GORACE=") {
-			cmd.Env = append(cmd.Env, v)
+		name, _, _ := strings.Cut(v, "=")
+		if strings.HasPrefix(name, "GO") && name != "GORACE" || name == "NOTIFY_SOCKET" {
+			continue
 		}
+		cmd.Env = append(cmd.Env, v)
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return cmd
