@@ -155,8 +155,13 @@ func (a *Allocator) piece(s Slot, n int) (g *group, start, m int, ok bool) {
 // Trim gives the memory of free slots back by discard until at most keep free slots hold any, or fewer than 2048 slots are free: those will be wanted
 // soon. Highest slots first, in runs. They are nobody's while discard runs, which is without the lock. It stops at the first error.
 func (a *Allocator) Trim(keep uint64, discard func(s Slot, n int) error) error {
-	for {
-		s, n := a.victim(keep)
+	return a.TrimRuns(keep, 1, discard)
+}
+
+// TrimRuns is Trim for runs of at least least slots, up to 512; shorter ones keep their memory, until their neighbours are free too, or they are allocated.
+func (a *Allocator) TrimRuns(keep uint64, least int, discard func(s Slot, n int) error) error {
+	for below := MaxSlot + 1; ; {
+		s, n := a.victim(keep, least, &below)
 		if n == 0 {
 			return nil
 		}
@@ -171,19 +176,28 @@ func (a *Allocator) Trim(keep uint64, discard func(s Slot, n int) error) error {
 	}
 }
 
-// victim allocates the highest run of backed free slots.
-func (a *Allocator) victim(keep uint64) (Slot, int) {
+// victim allocates the highest run of backed free slots below a slot, which becomes its first.
+func (a *Allocator) victim(keep uint64, least int, below *Slot) (Slot, int) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.backed <= keep || a.capacity-a.used < 4*trimSlots {
 		return None, 0
 	}
-	for i := len(a.groups) - 1; i >= 0; i-- {
-		if end := a.groups[i].backed.last() + 1; end > 0 {
+	top := int(min(uint64(*below-1), a.known)) // slots to look at
+	for i := (top - 1) / GroupSlots; i >= 0 && top > 0; i-- {
+		for end := top - i*GroupSlots; end > 0; {
+			if end = a.groups[i].backed.last(end) + 1; end == 0 {
+				break
+			}
 			start := max(a.groups[i].backed.lastClear(end)+1, end-trimSlots)
-			a.trims += uint64(end - start)
-			return a.take(i, start, end-start), end - start
+			if end-start >= least {
+				a.trims += uint64(end - start)
+				*below = a.take(i, start, end-start)
+				return *below, end - start
+			}
+			end = start
 		}
+		top = i * GroupSlots
 	}
 	return None, 0
 }
@@ -300,12 +314,14 @@ func (b *bitmap) next(pos, end int, set bool) int {
 	return end
 }
 
-// last is the highest bit that is set, or -1.
-func (b *bitmap) last() int {
-	for i := groupWords - 1; i >= 0; i-- {
-		if b[i] != 0 {
-			return i*64 + 63 - bits.LeadingZeros64(b[i])
+// last is the highest bit below pos that is set, or -1.
+func (b *bitmap) last(pos int) int {
+	for pos > 0 {
+		i := (pos - 1) / 64
+		if w := b[i] << (63 - (pos-1)%64); w != 0 {
+			return pos - 1 - bits.LeadingZeros64(w)
 		}
+		pos = i * 64
 	}
 	return -1
 }

@@ -82,7 +82,11 @@ func TestAllocatorModel(t *testing.T) {
 				keep := uint64(rapid.IntRange(0, 300).Draw(t, "keep"))
 				fail := rapid.Bool().Draw(t, "fail")
 				boom := errors.New("boom")
-				err := a.Trim(keep, func(s Slot, n int) error {
+				least := rapid.SampledFrom([]int{1, 1, 3, 40}).Draw(t, "least")
+				err := a.TrimRuns(keep, least, func(s Slot, n int) error {
+					if n < least {
+						t.Fatalf("trim of %d+%d: want at least %d slots", s, n, least)
+					}
 					for i := s; i < s+Slot(n); i++ {
 						if used[i] || !backed[i] {
 							t.Fatalf("trim of slot %d: used %v, backed %v", i, used[i], backed[i])
@@ -96,8 +100,19 @@ func TestAllocatorModel(t *testing.T) {
 					}
 					return nil
 				})
-				if !fail && (err != nil || uint64(len(backed)) > keep && capacity-uint64(len(used)) >= 4*trimSlots) {
-					t.Fatalf("trim to %d: %d left, %v", keep, len(backed), err)
+				if fail || err == nil && (uint64(len(backed)) <= keep || capacity-uint64(len(used)) < 4*trimSlots) {
+					return
+				}
+				row := 0
+				for s := Slot(1); s <= Slot(capacity); s++ { // what is left is in shorter runs, each in one group
+					if row++; !backed[s] {
+						row = 0
+					} else if (s-1)%GroupSlots == 0 {
+						row = 1
+					}
+					if row >= least || err != nil {
+						t.Fatalf("trim of runs of %d to %d: %d left, %d in a row, %v", least, keep, len(backed), row, err)
+					}
 				}
 			},
 			"": func(t *rapid.T) {

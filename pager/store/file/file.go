@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -57,16 +58,18 @@ type Store struct {
 	growMu sync.Mutex
 	table  atomic.Pointer[[]byte] // all of sums; replaced under growMu
 
-	trim    atomic.Bool // a trim is wanted or under way
-	workers sync.WaitGroup
-	mu      sync.Mutex
-	more    sync.Cond     // with mu; something is queued, or closed
-	demand  store.Queue   // guarded by mu
-	ahead   store.Queue   // guarded by mu; prefetches
-	trims   bool          // guarded by mu; a worker is to trim
-	closed  bool          // guarded by mu
-	done    chan struct{} // closed when the file is
-	err     error         // of closing it; written before done is closed
+	trim      atomic.Bool   // a trim is wanted or under way
+	scattered atomic.Uint64 // so many free slots are backed that a trim leaves
+	timer     *time.Timer   // immutable; runs trimDue
+	workers   sync.WaitGroup
+	mu        sync.Mutex
+	more      sync.Cond     // with mu; something is queued, or closed
+	demand    store.Queue   // guarded by mu
+	ahead     store.Queue   // guarded by mu; prefetches
+	trims     bool          // guarded by mu; a worker is to trim
+	closed    bool          // guarded by mu
+	done      chan struct{} // closed when the file is
+	err       error         // of closing it; written before done is closed
 }
 
 var _ store.Store = (*Store)(nil)
@@ -138,6 +141,8 @@ func start(o *Options, f *os.File, sums store.Memory, t transfer) *Store {
 	s := &Store{file: f, io: t, sums: sums, alloc: store.NewAllocator(uint64(o.Capacity / store.SlotSize)), slack: uint64(slack / store.SlotSize)}
 	s.more.L = &s.mu
 	s.done = make(chan struct{})
+	s.timer = time.AfterFunc(time.Hour, s.trimDue)
+	s.timer.Stop()
 	b := sums.Bytes()
 	s.table.Store(&b)
 	for range workers {
@@ -341,25 +346,56 @@ func (s *Store) Free(slot store.Slot, n int) {
 	s.trimLater()
 }
 
-// trimLater has a worker trim, if there is what to.
+// A punch writes back what is dirty in its range, and locks the file against all reads and writes meanwhile: so there are few at a time, and they are of many slots. What lies between is not lost: it is the
+// first to be allocated again.
+const (
+	punchLeast = 32                     // slots; a shorter run keeps its place, unless the slack is next to nothing
+	punchMost  = 16                     // punches at once
+	punchEvery = 100 * time.Millisecond // unless there is no slack
+)
+
+// trimLater has a worker trim in a while, if there is what to.
 func (s *Store) trimLater() {
-	if _, _, backed := s.alloc.Counts(); backed <= s.slack || s.trim.Swap(true) {
+	if _, _, backed := s.alloc.Counts(); backed <= max(s.slack, s.scattered.Load()) || s.trim.Swap(true) {
 		return
 	}
+	if s.slack > 0 {
+		s.timer.Reset(punchEvery)
+	} else {
+		s.trimDue()
+	}
+}
+
+func (s *Store) trimDue() {
 	s.mu.Lock()
 	s.trims = !s.closed
 	s.mu.Unlock()
 	s.more.Signal()
 }
 
-// trimNow punches free slots out of the file. An error (not every file system can) leaves them: they are reused, or punched later.
+var errEnough = errors.New("the rest comes later")
+
+// trimNow punches some free slots out of the file. An error (not every file system can) leaves them: they are reused, or punched later.
 func (s *Store) trimNow() {
-	s.trim.Store(false) // before the counts are looked at, so that no Free is missed
-	s.alloc.Trim(s.slack/2, func(slot store.Slot, n int) error {
+	punches, failed := 0, false
+	_, _, before := s.alloc.Counts()
+	s.alloc.TrimRuns(s.slack/2, int(min(punchLeast, s.slack/4+1)), func(slot store.Slot, n int) error {
+		if punches++; punches > punchMost {
+			return errEnough
+		}
 		failpoint.Here("file.punch")
 		defer failpoint.Here("file.punched")
-		return unix.Fallocate(int(s.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, offset(slot), int64(n)*store.SlotSize)
+		err := unix.Fallocate(int(s.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, offset(slot), int64(n)*store.SlotSize)
+		failed = err != nil
+		return err
 	})
+	scattered := uint64(0)
+	if punches == 0 || failed { // all is in short runs, or cannot be punched: not to be looked at again before there is clearly more
+		scattered = before + s.slack/4
+	}
+	s.scattered.Store(scattered)
+	s.trim.Store(false)
+	s.trimLater() // also what was freed meanwhile
 }
 
 // Rebuild takes over what an earlier store left in the file.
@@ -432,6 +468,7 @@ func (s *Store) Close() error {
 	first := !s.closed
 	s.closed = true
 	s.mu.Unlock()
+	s.timer.Stop()
 	s.more.Broadcast()
 	if first {
 		s.workers.Wait()

@@ -337,3 +337,36 @@ func TestPreallocate(t *testing.T) {
 		t.Errorf("%d bytes are allocated after all was freed, want %d", got, size)
 	}
 }
+
+// Punches hold everybody up, so few are made at a time, of many slots each; and what was freed goes back to the file system all the same.
+func TestPunchesAreFew(t *testing.T) {
+	const slots = 8192
+	s := open(t, &Options{Slack: 64 * store.SlotSize})
+	first := alloc(t, s, slots)
+	for i := store.Slot(0); i < slots; i += 512 {
+		if _, err := storetest.Do(t, s.Write, first+i, pattern(512, 1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	held := func() int64 { return s.Room().Held / store.SlotSize }
+	for i := store.Slot(0); i < slots; i += 2 { // no two in a row
+		s.Free(first+i, 1)
+	}
+	time.Sleep(3 * punchEvery)
+	if n := held(); n != slots/2 {
+		t.Errorf("of %d scattered free slots %d keep their place", slots/2, n)
+	}
+	if again := alloc(t, s, 1); again != first {
+		t.Errorf("slot %d was allocated, want the first free one", again)
+	} else {
+		s.Free(again, 1)
+	}
+	for i := store.Slot(1); i < slots; i += 2 {
+		s.Free(first+i, 1)
+	}
+	for end := time.Now().Add(storetest.Deadline); held() > 64; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%d free slots keep their place", held())
+		}
+	}
+}
