@@ -126,11 +126,8 @@ func Run(o Options) error {
 		movements: movements{some: make(chan struct{}, 1), all: map[uint64][]vm.Span{}}}
 	d.objects.init()
 	d.limits.init()
-	points, once := strings.CutPrefix(o.Failpoints, "once:")
-	if !once {
-		if err := failpoint.Arm(points); err != nil {
-			return fmt.Errorf("start pager: %w", err)
-		}
+	if err := d.arm(""); err != nil {
+		return fmt.Errorf("start pager: %w", err)
 	}
 	for i, m := range o.Managers {
 		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
@@ -155,8 +152,8 @@ func Run(o Options) error {
 	if err == nil {
 		err = d.confine(ctx)
 	}
-	if err == nil && left == nil && once {
-		err = failpoint.Arm(points)
+	if err == nil && left == nil {
+		err = d.arm("once:")
 	}
 	if err == nil && left != nil {
 		failpoint.Here("daemon.adopt.resume")
@@ -231,6 +228,21 @@ func Run(o Options) error {
 	return d.close()
 }
 
+// arm arms the failpoints of the configuration if they are for when: "" any pager, "once:" the first when it is about to serve, "next:" the one after it.
+func (d *Daemon) arm(when string) error {
+	first, rest, _ := strings.Cut(d.config.Failpoints, ":")
+	switch first + ":" {
+	case when:
+		return failpoint.Arm(rest)
+	case "once:", "next:":
+		return nil
+	}
+	if when != "" {
+		return nil
+	}
+	return failpoint.Arm(d.config.Failpoints)
+}
+
 // drain is the guardian's Stop: no new tasks, and the end when the last has left.
 func (d *Daemon) drain() { d.stopOnce.Do(func() { close(d.stop) }) }
 
@@ -252,6 +264,14 @@ func (d *Daemon) open(link *os.File) (left *inheritance, err error) {
 	}
 	if left, err = d.inherit(items); err != nil {
 		return left, err
+	}
+	if left != nil {
+		if d.record.Restarts++; d.record.Restarts == 1 {
+			err = d.arm("next:")
+		}
+		if err = errors.Join(err, d.holdPager()); err != nil {
+			return left, err
+		}
 	}
 	if left == nil {
 		if err = d.config.Check(); err != nil {

@@ -30,6 +30,7 @@ const (
 type pagerRecord struct {
 	Resident int64        // bytes; the budget at the first start, from which sizes of stores are derived
 	Budget   int64        // bytes; the budget now
+	Restarts int          // pagers before this one
 	Frames   frames.State // of the mount
 }
 

@@ -47,7 +47,7 @@ func stuckTask(c *conn) error {
 		return err
 	}
 	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{})
+	p, err := startPager(ctx, spawn.Options{Restarts: -1})
 	if err != nil {
 		return err
 	}

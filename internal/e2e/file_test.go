@@ -17,6 +17,7 @@ import (
 	"machpager/pager/emm"
 	"machpager/pager/vnode"
 	"machpager/region"
+	"machpager/region/spawn"
 )
 
 func init() {
@@ -201,7 +202,7 @@ func fileEnds(ctx context.Context, p *region.Pager) error {
 // fileKilled: what was synchronised is in the file, whoever dies.
 func fileKilled(*conn) error {
 	ctx := context.Background()
-	p, err := open(ctx, "")
+	p, err := startPager(ctx, spawn.Options{Resident: 64 << 20, Restarts: -1})
 	if err != nil {
 		return err
 	}

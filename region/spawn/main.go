@@ -142,7 +142,7 @@ func pagerOf(path string) *exec.Cmd {
 }
 
 // defaultRestarts is how many deaths in a row are answered with a new pager.
-const defaultRestarts = 0
+const defaultRestarts = 5
 
 func restarts(c daemon.Config) int {
 	if c.Restarts == 0 {

@@ -50,7 +50,7 @@ type Options struct {
 	Capacity   int64        // bytes of paging space; 0: what there is
 	Policy     string       // what chooses the pages that go: "refault" or "fifo"; "": "refault"
 	Socket     string       // listen here too, so that other processes can Dial it; "": private
-	Restarts   int          // how many deaths of the pager in a row, each within 10 s of its start, are answered with a new one that goes on; 0: the default, less: none
+	Restarts   int          // how many deaths of the pager in a row, each within 10 s of its start, are answered with a new one that goes on; 0: 5; less: none
 	Confine    string       // whether the pager gives up its privileges: "auto", "always" or "never"; "": "auto". See Main
 	Executable string       // a machpager binary to run instead of this program; then Main is not needed
 	Log        *slog.Logger // gets the records of the children; nil: discard

@@ -433,10 +433,10 @@ func TestRightsEnd(t *testing.T) {
 	}
 }
 
-// TestPagerKilledClose: Close of a pager that was killed tells of it, and leaves nobody.
+// TestPagerKilledClose: Close of a pager that was killed, and that no other follows, tells of it, and leaves nobody.
 func TestPagerKilledClose(t *testing.T) {
 	ctx := testContext(t)
-	p := start(t, nil)
+	p := start(t, &spawn.Options{Restarts: -1})
 	info, err := p.Info(ctx)
 	if err != nil {
 		t.Fatal(err)
