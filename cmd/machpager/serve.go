@@ -71,7 +71,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 	f.BoolVar(&o.GiveDevice, "hand-out-userfaultfd", false,
 		"give tasks an open /dev/userfaultfd: full userfaultfd for whoever may use the socket, which the sysctl vm.unprivileged_userfaultfd withholds")
 	f.DurationVar(&grace, "grace", 10*time.Second, "how long tasks may take to leave after the first signal")
-	f.IntVar(&o.Restarts, "restarts", 0, "deaths of the pager in a row, each within 10 s of its start, that are answered with a new one on what it left (0: as many as usual, -1: none)")
+	f.IntVar(&o.Restarts, "restarts", 0, "deaths of the pager in a row, each within 10 s of its start, that are answered with a new one on what it left (0: 5, -1: none)")
 	logFlags(c, &o.Level, &o.JSON)
 	return c
 }

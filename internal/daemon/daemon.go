@@ -13,14 +13,39 @@
 // that neither pager nor guardian know of. Unmap goes the other way. When a connection ends, the mappings that are left are handed to the guardian, for the
 // memory may live on in a process that only closed its socket.
 //
+// # Restart
+//
+// A pager can be killed at any instruction; the one after it takes over (adopt.go) what the guardian holds (hold.go). Nothing is told to a task before the
+// guardian has it, and nothing is dropped there before its end is certain. So a crash leaves, by what was under way:
+//
+//	connection      before it is held: the connection ends, and Dial dials again. After: it is taken over, and the Hello comes again
+//	userfaultfd     before: TaskUffd comes again. After: it finds that it was done
+//	object          table and frames without the record: dropped. The record without a handle: the object ends, and the request makes another. The handle:
+//	                the request finds it by session and seq
+//	snapshot        as object; the default pager ends a copy that no record names
+//	mapping         before it is held: Map comes again. After: it finds the mapping, and opens the file again. With the range: it is served, MapReady finds that
+//	unmap, close    the vm's end, the range, the wirings, the record, in this order. With the record: taken over once more, ended when the request comes
+//	                again. Without: the request finds nothing, which is success
+//	end of object   the last right is dropped, then contents are returned, then table, frames and record go. With table and frames: it is ended again.
+//	                Without one of them: the record is dropped
+//	wiring          before the record: the request wires or unwires again. After: it finds its seq in it
+//	size            the record is first: who takes over discards what lies beyond it, and the request does the same again
+//	discard, page-out, sync, populate, budget    done again; see PROTOCOL.md for Discard
+//	paging file     held before anything is written to it, let go when it is empty
+//	session's end   socket and userfaultfd go first: what names a session without a socket is dropped
+//
+// Advice and counters are not held: they begin anew.
+//
 // # Locks
 //
 //	mapping.mu       one mapping's way in and out; held across calls to the guardian
+//	object.sizeMu    one change of an object's size; held across calls to the guardian and the vm
+//	numbers.mu, wires.mu, Daemon.recordMu    held across a call to the guardian
 //	  session.mu     handles, mappings and the task of one connection
 //	  objects.mu     objects by number and port, and their rights
 //	limits.mu        connections by user
 //
-// The last three are leaves. None is held across a manager's method or while a page is waited for.
+// The others are leaves. None but sizeMu is held across a manager's method or while a page is waited for.
 package daemon
 
 import (
