@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -81,6 +82,61 @@ func TestCheckFinds(t *testing.T) {
 	out, err = run()
 	if !errors.Is(err, errUnsound) || !regexp.MustCompile(`^paging space, object 0, offset \d+: stored page cannot be read back: .*CRC-32C is .*corrupted\n37 resident`).MatchString(out) {
 		t.Errorf("after the paging file lost a page: %v\n%s", err, out)
+	}
+}
+
+// TestCheckAfterDeaths: a pager that is killed again and again in the middle of a sort leaves nothing that is not as it should be, and the sort comes out right.
+func TestCheckAfterDeaths(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "p.sock")
+	s := startService(t, nil, socket, 0, "--socket", socket, "--restarts", "100", "--resident", "2M", "--dir", t.TempDir())
+	s.told(t, "READY=1")
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Second)
+	defer cancel()
+	sorted := make(chan error, 1)
+	var out bytes.Buffer
+	go func() {
+		root := newRoot()
+		root.SetOut(&out)
+		root.SetArgs([]string{"demo", "sort", "--size", "24M", "--no-plain", "--socket", socket})
+		sorted <- root.ExecuteContext(ctx)
+	}()
+	deaths := 0
+	for running := true; running; {
+		select {
+		case err := <-sorted:
+			if err != nil {
+				t.Errorf("sort: %v\n%s", err, out.Bytes())
+			}
+			running = false
+		case <-time.After(200 * time.Millisecond):
+		}
+		p, err := region.Dial(ctx, socket, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r, err := p.Check(ctx); err != nil || len(r.Problems) > 0 {
+			t.Errorf("after %d deaths: %+v, %v", deaths, r, err)
+		}
+		if running && deaths < 3 { // more would wait longer each time
+			info, err := p.Info(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Kill(info.PagerPID, unix.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			deaths++
+			s.told(t, "READY=1")
+		}
+		p.Close()
+	}
+	if deaths == 0 {
+		t.Error("it was over before the pager could be killed")
+	}
+	t.Logf("%d deaths", deaths)
+	s.Process.Signal(unix.SIGTERM)
+	if status := s.ended(t); status != 0 {
+		t.Errorf("exit status %d; standard error:\n%s", status, s.stderr.Bytes())
 	}
 }
 

@@ -122,16 +122,16 @@ func writeMapping(w io.Writer, m *vm.MappingDump) {
 	if m.ReadOnly {
 		how = "read-only"
 	}
-	places := "not mapped yet"
+	places := "not mapped by the task yet, or any more"
 	if len(m.Places) > 0 {
 		var at []string
 		for _, p := range m.Places {
 			at = append(at, fmt.Sprintf("%#x+%d", p.Address, p.Size))
 		}
-		places = strings.Join(at, " ")
+		places = "at " + strings.Join(at, " ")
 	}
 	s := &m.Stats
-	fmt.Fprintf(w, "  mapping %d\tobject %d, offset %d, %d bytes, %s, at %s\n", m.ID, m.Object, m.Off, m.Size, how, places)
+	fmt.Fprintf(w, "  mapping %d\tobject %d, offset %d, %d bytes, %s, %s\n", m.ID, m.Object, m.Off, m.Size, how, places)
 	fmt.Fprintf(w, "\tfaults: zeros %d, stored %d, minor %d, wr-prot %d, errors %d, dropped %d; p50 %v, p99 %v, max %v\n", s.ZeroFilled, s.Stored, s.Minor, s.WriteProtect, s.Errors, s.Dropped,
 		s.P50, s.P99, s.Max)
 }

@@ -17,7 +17,9 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"machpager/bench"
+	"machpager/internal/daemon"
 	"machpager/internal/demo"
+	"machpager/internal/vm"
 	"machpager/region"
 	"machpager/region/spawn"
 )
@@ -88,10 +90,26 @@ func TestTables(t *testing.T) {
 		{ID: 1, Dir: "/var/tmp", Total: 1 << 40, Used: 100 << 20, Free: 1<<40 - 100<<20, Read: 1 << 30, Written: 2 << 30},
 		{ID: 3, Dir: "/fast disk", Priority: 10, Leaving: true, Total: 64 << 30, Used: 64 << 30, Written: 64 << 30, ReadErrors: 1, WriteErrors: 2},
 	}
+	dump := daemon.Dump{Version: "0.1", Kernel: "6.18.0", PID: 4242, Guardian: 4241, Tier: "A", Confinement: "none", Up: 90 * time.Minute, Goroutines: 21,
+		Frames: daemon.FramesDump{Kind: "tmpfs", Budget: 1 << 30, Reserved: 12 << 20, Kernel: 12 << 20},
+		Paging: daemon.PagingDump{Kind: "file", Total: 1 << 40, Used: 100 << 20, Free: 1<<40 - 100<<20, Files: []daemon.FileDump{{ID: 1, Dir: "/var/tmp", Total: 1 << 40, Used: 100 << 20, Errors: 2},
+			{ID: 2, Dir: "/fast", Priority: 5, Leaving: true}}},
+		Sessions: []daemon.SessionDump{{ID: 7, PID: 99, UID: 1000, Task: 1, Handles: 1, Mappings: 2}, {ID: 8, PID: 100}},
+		Rights:   []daemon.RightsDump{{Object: 2, Manager: "default pager", Private: true, Rights: 3, Stored: 100 << 20}},
+		Limits:   daemon.LimitsDump{Sessions: 2, MaxSessions: 64, Objects: 1, MaxObjects: 256},
+		VM: vm.Dump{Stats: vm.Stats{Deferred: 5}, Wired: 1, InFlight: 2, Wanted: 3,
+			Tasks: []vm.TaskDump{{ID: 1, PID: 99, Mappings: []vm.MappingDump{
+				{ID: 3, Object: 2, Size: 1 << 30, Places: []vm.Place{{Address: 0x7f0000000000, Size: 1 << 30}}, Stats: vm.MappingStats{ZeroFilled: 7, P50: 9 * time.Microsecond, Max: time.Second}},
+				{ID: 4, Object: 2, Off: 8192, Size: 4096, ReadOnly: true}}}},
+			Objects: []vm.ObjectDump{{ID: 2, Size: 1 << 30, PageSize: 4096, ResidentMax: 64 << 20, Frames: 3072, Mappings: 2, Pages: vm.PageCounts{Absent: 259072, Clean: 3000, Dirty: 72}, Map: "·░█"},
+				{ID: 9, Size: 4096, PageSize: 4096, Pages: vm.PageCounts{Absent: 1}, Map: "·"}},
+			Waits: []vm.Wait{{Object: 2, Off: 4096, Size: 65536, For: vm.ForManager, Age: 1500 * time.Millisecond, Page: "Requested+Waiters", Thread: true, PID: 99, TID: 101},
+				{Object: 2, Off: 1 << 20, Size: 4096, For: vm.ForStore, Age: 20 * time.Microsecond, Page: "Cleaning"}}}}
 	for _, c := range []struct {
 		name  string
 		write func(b *bytes.Buffer) error
 	}{
+		{"dump", func(b *bytes.Buffer) error { return writeDump(b, &dump) }},
 		{"ls", func(b *bytes.Buffer) error { return writeObjects(b, objects) }},
 		{"ls-empty", func(b *bytes.Buffer) error { return writeObjects(b, nil) }},
 		{"ls-json", func(b *bytes.Buffer) error { return writeJSON(b, objects) }},

@@ -45,7 +45,7 @@ const minResident = minPages * frames.PageSize
 // minCompressed is the least compressed memory that StoreTiered takes by itself, in bytes: slabs of each size and a reserve.
 const minCompressed = 4 << 20
 
-// Check finds what no pager could be started with: an unknown kind of paging space or group, and a budget that this machine does not have. It wraps
+// Check finds what no pager could be started with: an unknown kind of paging space, policy, confinement or group, and a budget that this machine does not have. It wraps
 // emm.InvalidArgument, or emm.ResourceShortage for the budget.
 func (c *Config) Check() error {
 	if c.Store != "" && !slices.Contains(Stores, c.Store) {
@@ -53,6 +53,9 @@ func (c *Config) Check() error {
 	}
 	if names := policy.Names(); c.Policy != "" && !slices.Contains(names, c.Policy) {
 		return fmt.Errorf("choose victims by policy %q: want one of %q: %w", c.Policy, names, emm.InvalidArgument)
+	}
+	if c.Confine != "" && !slices.Contains(Confines, c.Confine) {
+		return fmt.Errorf("confine: %q: want one of %q: %w", c.Confine, Confines, emm.InvalidArgument)
 	}
 	if c.Group != "" {
 		if _, err := groupID(c.Group); err != nil {

@@ -88,6 +88,8 @@ func TestCheck(t *testing.T) {
 		{Config{Store: "tape"}, emm.InvalidArgument},
 		{Config{Policy: "fifo"}, nil},
 		{Config{Policy: "oracle"}, emm.InvalidArgument},
+		{Config{Policy: "clairvoyance"}, emm.InvalidArgument},
+		{Config{Confine: "sometimes"}, emm.InvalidArgument},
 		{Config{Group: "no-such-group"}, emm.InvalidArgument},
 	} {
 		if err := c.c.Check(); !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
