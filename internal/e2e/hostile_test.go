@@ -257,6 +257,13 @@ func TestHostile(t *testing.T) {
 		{"inherited", 2 * time.Second},
 		{"wired", 5 * time.Second},
 		{"discard under faults", 2 * time.Second},
+		{"unregistered", 2 * time.Second},
+		{"in flight", 2 * time.Second},
+		{"forks", 2 * time.Second},
+		{"execs", 3 * time.Second},
+		{"registers again", 2 * time.Second},
+		{"strange files", 3 * time.Second},
+		{"leaves without end", 3 * time.Second},
 	} {
 		t.Run(c.attack, func(t *testing.T) {
 			t.Parallel() // most of the time is waiting
@@ -327,7 +334,7 @@ func TestHostile(t *testing.T) {
 					return holdingsOf(pid).FDs <= before[i].FDs+2
 				})
 			}
-			t.Logf("the neighbour waited for at most %v; the pager had at most %d MiB", worst, most>>20)
+			t.Logf("the neighbour waited for at most %v; the pager had at most %d MiB\n%s", worst, most>>20, v.output())
 			if most > 256<<20 {
 				t.Errorf("the pager or its guardian had %d MiB resident", most>>20)
 			}

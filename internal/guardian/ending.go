@@ -19,6 +19,9 @@ const (
 	// eagerMax bounds what is poisoned before anybody touches it, in bytes of address space of all tasks together: every 2 MiB costs
 	// the task a page table of 4 KiB. What is beyond is poisoned when touched.
 	eagerMax = 16 << 30
+	// maxEndings bounds the tasks that are served at once: each costs a thread and a descriptor. A task that leaves the pager again and again while its memory
+	// lives on could have as many as it likes.
+	maxEndings = 512
 	// lookEvery is how often the guardian looks whether a task is gone, in ms.
 	lookEvery = 500
 	// Where a task can have memory at all: vm.mmap_min_addr to TASK_SIZE with four levels of page tables.
@@ -48,6 +51,7 @@ type ending struct {
 	fd   *uffd.FD // immutable
 	log  *slog.Logger
 	over atomic.Bool // the task is gone
+	quit atomic.Bool // there are too many: see table.retire
 	all  atomic.Bool // all that was absent is poisoned
 
 	mu     sync.Mutex
@@ -112,7 +116,7 @@ func (e *ending) serve() {
 			}
 		}
 		if now := time.Now(); now.Sub(look) >= lookEvery*time.Millisecond {
-			if look = now; e.gone() {
+			if look = now; e.quit.Load() || e.gone() {
 				return
 			}
 		}

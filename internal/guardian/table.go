@@ -205,6 +205,7 @@ func (t *table) end(id uint64) {
 	t.held-- // the ending's
 	e := newEnding(uffd.FromFdNonblock(k.fd), ranges, t.log.With("task", string(k.tail)))
 	t.ending[id] = e
+	t.retire()
 	poisoned := make(chan struct{})
 	go func() {
 		defer close(poisoned)
@@ -220,6 +221,36 @@ func (t *table) end(id uint64) {
 		t.mu.Unlock()
 		t.note()
 	}()
+}
+
+// retire gives up the oldest endings beyond maxEndings, first those whose tasks have been poisoned as far as there was anything absent: those get SIGBUS as before. Only a page
+// that such a task drops by its own hand and touches again is then answered by nobody. With mu held.
+func (t *table) retire() {
+	left := 0
+	var oldest [2]uint64 // not complete, complete; 0: none. Sessions count from 1
+	for id, e := range t.ending {
+		if e.quit.Load() {
+			continue
+		}
+		left++
+		i := 0
+		if e.complete() {
+			i = 1
+		}
+		if oldest[i] == 0 || id < oldest[i] {
+			oldest[i] = id
+		}
+	}
+	if left <= maxEndings {
+		return
+	}
+	id := oldest[1]
+	if id == 0 {
+		id = oldest[0]
+	}
+	e := t.ending[id]
+	e.quit.Store(true)
+	e.log.Warn("too many tasks have left the pager while their memory lives on: this one's faults are answered no more", "most", maxEndings)
 }
 
 // endAll begins the end of all tasks: first every connection, then every wait. Nothing is held after it.

@@ -139,6 +139,10 @@ func (c *Conn) write(ctx context.Context, frame, oob []byte) error {
 		close(expired)
 	})
 	_, _, err := c.uc.WriteMsgUnix(frame, oob, nil)
+	for try := 0; errors.Is(err, syscall.ETOOMANYREFS) && try < inFlightTries && ctx.Err() == nil; try++ {
+		time.Sleep(inFlightPause) // other processes of this user have as many descriptors in sockets as the kernel allows one user: see unix(7)
+		_, _, err = c.uc.WriteMsgUnix(frame, oob, nil)
+	}
 	if !stop() {
 		<-expired
 		c.uc.SetWriteDeadline(time.Time{})
@@ -148,6 +152,12 @@ func (c *Conn) write(ctx context.Context, frame, oob []byte) error {
 	}
 	return c.broken(err)
 }
+
+// How often, and how soon again, a packet is tried whose descriptors the kernel will not take.
+const (
+	inFlightTries = 200
+	inFlightPause = 5 * time.Millisecond
+)
 
 // broken turns what the socket says into ErrGone or ErrClosed, where it is one of them.
 func (c *Conn) broken(err error) error {

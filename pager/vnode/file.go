@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -20,7 +21,8 @@ import (
 var ErrTruncated = errors.New("the file was truncated by somebody else")
 
 // File makes a manager of a regular file or a block device, for an object of size bytes. The file must be open for reading; if it is for writing too, what is
-// changed goes back, otherwise only read-only mappings can be made. O_APPEND, O_DIRECT and O_PATH are refused. f is the Pager's from then on, unless there is
+// changed goes back, otherwise only read-only mappings can be made. O_APPEND, O_DIRECT and O_PATH are refused,
+// and so are files that the kernel makes up, in /proc and the like; a memory file that is sealed against writing can be read only. f is the Pager's from then on, unless there is
 // an error; its flags (fcntl F_SETFL) must not be changed any more.
 //
 // The object may be larger than a regular file. What lies beyond the file's end reads as zeros, and the file grows to hold what is written there: up to the
@@ -95,7 +97,13 @@ func statFd(fd int) (s fileStat, err error) {
 	case flags&unix.O_DIRECT != 0:
 		return s, fmt.Errorf("stat file: it is open for direct I/O (open it without O_DIRECT): %w", unix.EINVAL)
 	}
+	if err := checkFileSystem(fd); err != nil {
+		return s, err
+	}
 	s.writable = flags&unix.O_ACCMODE == unix.O_RDWR
+	if seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0); err == nil && seals&(unix.F_SEAL_WRITE|unix.F_SEAL_FUTURE_WRITE) != 0 {
+		s.writable = false // a memory file
+	}
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		s.size = st.Size
@@ -110,6 +118,27 @@ func statFd(fd int) (s fileStat, err error) {
 		return s, fmt.Errorf("stat file: mode %#o: want a regular file or a block device: %w", st.Mode, unix.EINVAL)
 	}
 	return s, nil
+}
+
+// madeUp are file systems whose files are made up by the kernel as they are read, and where a write does something else than to keep bytes: perhaps with the rights of who writes, which
+// are not those of who opened it.
+var madeUp = []int64{unix.PROC_SUPER_MAGIC, unix.SYSFS_MAGIC, unix.DEBUGFS_MAGIC, unix.TRACEFS_MAGIC, unix.SECURITYFS_MAGIC, unix.CGROUP_SUPER_MAGIC, unix.CGROUP2_SUPER_MAGIC,
+	unix.BPF_FS_MAGIC, unix.EFIVARFS_MAGIC, unix.PSTOREFS_MAGIC, unix.SELINUX_MAGIC, unix.SMACK_MAGIC, unix.BINFMTFS_MAGIC, unix.RDTGROUP_SUPER_MAGIC, unix.NSFS_MAGIC,
+	unix.XENFS_SUPER_MAGIC, configfsMagic, unix.HUGETLBFS_MAGIC}
+
+// configfsMagic is of linux/fs/configfs, and in no header.
+const configfsMagic = 0x62656570
+
+// checkFileSystem refuses files that are none.
+func checkFileSystem(fd int) error {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(fd, &st); err != nil {
+		return fmt.Errorf("stat file: its file system: %w", err)
+	}
+	if slices.Contains(madeUp, int64(st.Type)) {
+		return fmt.Errorf("stat file: it is on a file system of the kernel's own (type %#x), where files keep no bytes (copy it elsewhere): %w", st.Type, unix.EINVAL)
+	}
+	return nil
 }
 
 // file is contents in a file.

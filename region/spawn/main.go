@@ -177,12 +177,18 @@ func readHello(role string) (h hello, ok bool, err error) {
 			b = b[:n]
 		}
 	}
+	h, err = parseHello(b, role)
+	return h, true, err
+}
+
+// parseHello reads a packet that begins with the magic.
+func parseHello(b []byte, role string) (h hello, err error) {
 	if err := json.Unmarshal(b[len(helloMagic):], &h); err != nil {
-		return h, true, fmt.Errorf("read greeting: %w", err)
+		return h, fmt.Errorf("read greeting: %w", err)
 	}
 	if h.Version != helloVersion || h.Role != role {
-		return h, true, fmt.Errorf("read greeting: version %d for %q, this is version %d of %q (run the same release of machpager): %w", h.Version, h.Role,
+		return h, fmt.Errorf("read greeting: version %d for %q, this is version %d of %q (run the same release of machpager): %w", h.Version, h.Role,
 			helloVersion, role, errors.ErrUnsupported)
 	}
-	return h, true, nil
+	return h, nil
 }
