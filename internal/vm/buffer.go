@@ -6,37 +6,45 @@ import (
 	"sync"
 )
 
-// bufferPool lends buffers of one extent for data returns: off the heap, recycled, and no more of them than the limit. Getting one may wait.
-//
-// An object gets one only while it has fewer than are left. So one whose manager keeps what it is lent has half of them at most, two such objects three quarters, and
-// for others there are some left.
-type bufferPool struct {
-	size int // immutable
+// shortReturn is the size of a short buffer, in bytes. Dirty victims are few in a row: were an extent lent for each, a store that takes its time would leave nothing to
+// return the next ones in.
+const shortReturn = 64 << 10
 
-	mu   sync.Mutex
-	left int           // guarded by mu; how many may be lent
-	more chan struct{} // guarded by mu; closed when one comes back; nil: nobody waits
-	free [][]byte      // guarded by mu
+// bufferPool lends buffers for data returns: off the heap, recycled, and no more bytes of them than the limit. They are short or as large as an extent. Getting one may wait.
+//
+// An object gets one only while it has less than is left. So one whose manager keeps what it is lent has half of all at most, two such objects three quarters, and
+// for others there is something left.
+type bufferPool struct {
+	size  int // immutable; of the large ones
+	limit int // immutable; bytes
+
+	mu     sync.Mutex
+	left   int           // guarded by mu; bytes that may be lent
+	mapped int           // guarded by mu; bytes of all there are, lent or free
+	more   chan struct{} // guarded by mu; closed when one comes back; nil: nobody waits
+	short  [][]byte      // guarded by mu; free
+	large  [][]byte      // guarded by mu; free
 }
 
-// loan is how many buffers one object has.
+// loan is how many bytes of buffers one object has.
 type loan struct {
 	n int // guarded by bufferPool.mu
 }
 
 func newBufferPool(limit int64) *bufferPool {
-	return &bufferPool{size: extentSize, left: int(max(2, limit/extentSize))}
+	n := int(max(2, limit/extentSize)) * extentSize
+	return &bufferPool{size: extentSize, limit: n, left: n}
 }
 
 var errNoBuffer = errors.New("all return buffers are lent")
 
-// get lends a buffer. It waits for one until ctx ends.
-func (p *bufferPool) get(ctx context.Context, to *loan) ([]byte, error) {
+// get lends a buffer for n bytes, at most size. It waits for one until ctx ends.
+func (p *bufferPool) get(ctx context.Context, n int, to *loan) ([]byte, error) {
 	for {
 		p.mu.Lock()
-		if to.n < p.left {
+		if p.may(n, to) {
 			defer p.mu.Unlock()
-			return p.lend(to)
+			return p.lend(n, to)
 		}
 		if p.more == nil {
 			p.more = make(chan struct{})
@@ -52,37 +60,87 @@ func (p *bufferPool) get(ctx context.Context, to *loan) ([]byte, error) {
 }
 
 // tryGet is get for who may not wait.
-func (p *bufferPool) tryGet(to *loan) ([]byte, error) {
+func (p *bufferPool) tryGet(n int, to *loan) ([]byte, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if to.n >= p.left {
+	if !p.may(n, to) {
 		return nil, errNoBuffer
 	}
-	return p.lend(to)
+	return p.lend(n, to)
 }
 
-// lend is called with mu.
-func (p *bufferPool) lend(to *loan) (b []byte, err error) {
-	if n := len(p.free); n > 0 {
-		b = p.free[n-1]
-		p.free = p.free[:n-1]
-	} else if b, err = offHeap(p.size); err != nil {
-		return nil, err
+// most is how many bytes tryGet would lend now.
+func (p *bufferPool) most(to *loan) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case p.may(p.size, to):
+		return p.size
+	case p.may(shortReturn, to):
+		return shortReturn
 	}
-	p.left--
-	to.n++
+	return 0
+}
+
+func (p *bufferPool) sizeFor(n int) int {
+	if n <= shortReturn {
+		return shortReturn
+	}
+	return p.size
+}
+
+// may is called with mu.
+func (p *bufferPool) may(n int, to *loan) bool { return to.n < p.left && p.sizeFor(n) <= p.left }
+
+// lend is called with mu.
+func (p *bufferPool) lend(n int, to *loan) (b []byte, err error) {
+	size, free := shortReturn, &p.short
+	if n > shortReturn {
+		size, free = p.size, &p.large
+	}
+	if k := len(*free); k > 0 {
+		b = (*free)[k-1]
+		*free = (*free)[:k-1]
+	} else {
+		p.shrink(p.limit - size)
+		if b, err = offHeap(size); err != nil {
+			return nil, err
+		}
+		p.mapped += size
+	}
+	p.left -= size
+	to.n += size
 	return b, nil
 }
 
+// shrink unmaps free buffers until there are no more than so many bytes. Called with mu.
+func (p *bufferPool) shrink(bytes int) {
+	for _, free := range []*[][]byte{&p.short, &p.large} {
+		for p.mapped > bytes && len(*free) > 0 {
+			k := len(*free) - 1
+			b := (*free)[k]
+			p.mapped -= len(b)
+			unmapOffHeap(b)
+			*free = (*free)[:k]
+		}
+	}
+}
+
+// put takes back what get has lent.
 func (p *bufferPool) put(b []byte, from *loan) {
 	if b == nil {
 		return
 	}
+	b = b[:cap(b)]
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.free = append(p.free, b[:p.size])
-	p.left++
-	from.n--
+	if len(b) == shortReturn {
+		p.short = append(p.short, b)
+	} else {
+		p.large = append(p.large, b)
+	}
+	p.left += len(b)
+	from.n -= len(b)
 	if p.more != nil {
 		close(p.more)
 		p.more = nil
@@ -92,8 +150,5 @@ func (p *bufferPool) put(b []byte, from *loan) {
 func (p *bufferPool) close() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, b := range p.free {
-		unmapOffHeap(b)
-	}
-	p.free = nil
+	p.shrink(0)
 }

@@ -104,7 +104,7 @@ func TestNoBufferNoProtection(t *testing.T) {
 	var loans [64]loan
 	var lent [][]byte
 	for i := range loans {
-		if b, err := v.bufs.tryGet(&loans[i]); err == nil {
+		if b, err := v.bufs.tryGet(extentSize, &loans[i]); err == nil {
 			lent = append(lent, b)
 		}
 	}
@@ -130,7 +130,7 @@ func TestNoBufferNoProtection(t *testing.T) {
 		t.Fatal(err)
 	}
 	if n := o.lent.n; n != 0 {
-		t.Errorf("%d buffers are still lent", n)
+		t.Errorf("%d bytes of buffers are still lent", n)
 	}
 }
 

@@ -89,7 +89,7 @@ func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flus
 			back := returns(p)
 			if back && op.buf == nil {
 				var err error
-				if op.buf, err = o.vm.bufs.get(ctx, &o.lent); err != nil { // before anybody's page is taken
+				if op.buf, err = o.vm.bufs.get(ctx, o.vm.bufs.size, &o.lent); err != nil { // before anybody's page is taken
 					return fmt.Errorf("page out: wait for a buffer: %w", err)
 				}
 			}
@@ -234,21 +234,23 @@ func (o *Object) giveBack(ctx context.Context, a, b int64, flush bool, op *lockO
 			return err
 		}
 	}
+	n := int((b - a) << o.shift)
 	buf := op.buf
 	op.buf = nil
-	if buf == nil { // it became dirty when it was about to be taken, or lies between others that need none
+	if len(buf) < n { // it became dirty when it was about to be taken, or lies between others that need none
+		o.vm.bufs.put(buf, &o.lent)
 		var err error
 		if op.daemon() {
-			buf, err = o.vm.bufs.tryGet(&o.lent)
+			buf, err = o.vm.bufs.tryGet(n, &o.lent)
 		} else {
-			buf, err = o.vm.bufs.get(ctx, &o.lent)
+			buf, err = o.vm.bufs.get(ctx, n, &o.lent)
 		}
 		if err != nil {
 			o.notStored(a, b, op)
 			return fmt.Errorf("page out: wait for a buffer: %w", err)
 		}
 	}
-	data := buf[:(b-a)<<o.shift]
+	data := buf[:n]
 	if err := o.file.ReadAt(data, a<<o.shift); err != nil {
 		o.vm.bufs.put(buf, &o.lent)
 		o.notStored(a, b, op)

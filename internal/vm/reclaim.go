@@ -156,9 +156,13 @@ func (o *Object) evict(a, b int64, clean bool) int64 {
 	defer o.unlend(op)
 	for p := a; p < b; {
 		back := o.mustReturn(p)
-		only := clean || back && !o.lendFor(op)
+		most, only := limit, clean
+		if back {
+			n := o.lendFor(op, p, b)
+			most, only = min(limit, max(1, n)), clean || n == 0
+		}
 		end := p
-		for end < b && end-p < limit && o.mustReturn(end) == back && o.spares(end-p+1) && !o.vm.token.holds(o, end) && o.takeVictim(end, only) {
+		for end < b && end-p < most && o.mustReturn(end) == back && o.spares(end-p+1) && !o.vm.token.holds(o, end) && o.takeVictim(end, only) {
 			end++
 		}
 		if end == p {
@@ -176,13 +180,20 @@ func (o *Object) evict(a, b int64, clean bool) int64 {
 	return begun
 }
 
-// lendFor reports whether op has a buffer for the next return. One is taken before any page is, and before anything is protected: while all are lent, dirty pages are left in
-// peace.
-func (o *Object) lendFor(op *lockOp) bool {
+// lendFor says how many of the pages [p, b), the first of which must be returned, op has a buffer for; 0: none. One is taken before any page is, and before anything is
+// protected: while all are lent, dirty pages are left in peace.
+func (o *Object) lendFor(op *lockOp, p, b int64) int64 {
 	if op.buf == nil {
-		op.buf, _ = o.vm.bufs.tryGet(&o.lent)
+		end := p + 1
+		for end < b && end-p < int64(o.vm.bufs.size)>>o.shift && o.mustReturn(end) {
+			end++
+		}
+		var err error
+		if op.buf, err = o.vm.bufs.tryGet(int((end-p)<<o.shift), &o.lent); err != nil && o.pageSize <= shortReturn {
+			op.buf, _ = o.vm.bufs.tryGet(shortReturn, &o.lent)
+		}
 	}
-	return op.buf != nil
+	return int64(len(op.buf)) >> o.shift
 }
 
 func (o *Object) takeVictim(p int64, clean bool) bool {

@@ -189,9 +189,13 @@ func (o *Object) sweep(want int64, clean bool) (begun int64) {
 			p, b := off>>o.shift, (off+n+o.pageSize-1)>>o.shift
 			for p < b && begun < want {
 				back := o.mustReturn(p)
-				only := clean || back && !o.lendFor(op)
+				most, only := limit, clean
+				if back {
+					n := o.lendFor(op, p, b)
+					most, only = min(limit, max(1, n)), clean || n == 0
+				}
 				end := p
-				for end < b && end-p < limit && begun+int64(o.framesOf(end-p)) < want && o.mustReturn(end) == back && o.takeOld(end, only) {
+				for end < b && end-p < most && begun+int64(o.framesOf(end-p)) < want && o.mustReturn(end) == back && o.takeOld(end, only) {
 					end++
 				}
 				if end == p {
