@@ -324,7 +324,9 @@ func (m *Mapping) AdoptWire(off, n int64) error {
 		if eff == page.Refused {
 			return fmt.Errorf("adopt wiring: page %d is wired too often: %w", p, emm.ResourceShortage)
 		}
-		m.wires.count[p-first]++
+		if m.wires.count[p-first]++; m.wires.count[p-first] == 1 {
+			m.task.wired.Add(f)
+		}
 		if now.Wired() == 1 {
 			o.chargeWired(f)
 		}

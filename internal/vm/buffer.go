@@ -54,7 +54,7 @@ func (p *bufferPool) get(ctx context.Context, n int, to *loan) ([]byte, error) {
 		select {
 		case <-more:
 		case <-ctx.Done():
-			return nil, ctx.Err()
+			return nil, context.Cause(ctx)
 		}
 	}
 }

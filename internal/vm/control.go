@@ -117,6 +117,7 @@ func (c *control) ReturnCompleted(r emm.Run, result emm.KernReturn) emm.KernRetu
 	c.o.landed(d)
 	c.o.reqMu.Unlock()
 	c.o.stalled.Store(false)
+	c.o.stats.completed.Add(1)
 	if d.op.daemon() {
 		c.o.vm.kickNow()
 	}

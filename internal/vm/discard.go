@@ -12,7 +12,8 @@ import (
 
 // Discard throws the contents of the whole pages inside the bytes [off, off+n) away: they read as zeros again, and what the manager stored of them is freed. To the
 // manager it looks like a data_return of zeros, which the default pager stores as nothing. Wired pages are an error; pages
-// that are lost for ever (MemoryFailure) stay so.
+// that are lost for ever (MemoryFailure) stay so. It takes time in proportion to what was ever touched of the range; of an object that is not ObjectOptions.Fresh to the
+// range itself, for what its manager had before nobody here knows.
 func (o *Object) Discard(ctx context.Context, off, n int64) error {
 	if off < 0 || n < 0 || off > o.size || n > o.size-off {
 		return fmt.Errorf("discard: bytes %d to %d of an object of %d: %w", off, off+n, o.size, emm.InvalidArgument)
@@ -32,12 +33,20 @@ func (o *Object) Discard(ctx context.Context, off, n int64) error {
 	a, b := (off+o.pageSize-1)>>o.shift, (off+n)>>o.shift
 	op := &lockOp{}
 	limit := o.extentPages()
+	walk := touched{o: o}
 	for p := a; p < b; {
+		stop := b
+		if o.fresh {
+			if p = walk.next(p, b); p == b {
+				break
+			}
+			stop = min(b, walk.end) // taking a page writes its word: beyond, that would be one that nobody ever wrote
+		}
 		if ctx.Err() != nil {
 			return fmt.Errorf("discard: %w", context.Cause(ctx))
 		}
 		end := p
-		for end < b && end-p < limit && o.takeAny(end) {
+		for end < stop && end-p < limit && o.takeAny(end) {
 			end++
 		}
 		if end > p {

@@ -3,6 +3,7 @@ package vm
 import (
 	"bytes"
 	"context"
+	"slices"
 	"testing"
 	"time"
 
@@ -132,13 +133,23 @@ func TestForeignFramesAreReclaimed(t *testing.T) {
 func TestRemapIsFollowed(t *testing.T) {
 	v := newVM(t, 16<<20)
 	o := newObject(t, v, ObjectOptions{Size: 4 << 20, Manager: &shelf{}, Port: emm.NewPort()})
+	told := make(chan []Span, 8)
+	v.told = func(_ *Task, _ uint64, s []Span) { told <- s }
 	x, y := startTask(t, v), startTask(t, v)
-	x.mapObject(o, 1, 0, o.Size(), false)
+	m := x.mapObject(o, 1, 0, o.Size(), false)
 	y.mapObject(o, 1, 0, o.Size(), false)
 	b := fillBytes(3<<20, 9)
 	x.write(1, 0, b[:65536])
 	x.write(1, 1<<20, b[:65536])
-	x.do(order{Op: "remap", ID: 1, Off: 1 << 20, N: 1 << 20}, nil)
+	to := x.do(order{Op: "remap", ID: 1, Off: 1 << 20, N: 1 << 20}, nil).Addr
+	select {
+	case s := <-told: // whoever answers for its ranges when this process cannot
+		if !slices.Equal(s, m.Spans()) || !slices.Contains(s, Span{to, 1 << 20, 1 << 20}) {
+			t.Errorf("told %+v, it is at %+v", s, m.Spans())
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("nobody was told")
+	}
 	if err := o.PageOut(context.Background(), 0, o.Size()); err != nil {
 		t.Fatal(err)
 	}

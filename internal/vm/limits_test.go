@@ -3,6 +3,7 @@ package vm
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -264,5 +265,154 @@ func TestAskedWithoutALock(t *testing.T) {
 	}
 	if got := x.read(1, 5*4096, 2); !bytes.Equal(got, []byte{'w', 0}) {
 		t.Errorf("%q", got)
+	}
+}
+
+// Objects end though their managers complete nothing, each after its patience, and all of them at the same time; a manager that is only slow is waited for.
+func TestEndPatience(t *testing.T) {
+	v := newVM(t, 16<<20)
+	v.endPatience = 500 * time.Millisecond
+	x := startTask(t, v)
+	var hung []*holder
+	for id := range 12 {
+		s := &holder{held: make(chan func(), 64)}
+		o := newObject(t, v, ObjectOptions{Size: 1 << 20, Manager: s, Port: emm.NewPort()})
+		x.mapObject(o, id, 0, o.Size(), false)
+		x.write(id, 0, []byte("dirty"))
+		s.hold = true
+		hung = append(hung, s)
+	}
+	slow := &holder{held: make(chan func(), 64), hold: true}
+	o := newObject(t, v, ObjectOptions{Size: 256 * 4096, Manager: slow, Port: emm.NewPort()})
+	m := x.mapObject(o, 20, 0, o.Size(), false)
+	for p := int64(0); p < 256; p += 16 {
+		x.write(20, p*4096, []byte("taken"))
+	}
+	m.Close()
+	go func() {
+		for range 16 {
+			complete := <-slow.held
+			time.Sleep(100 * time.Millisecond)
+			complete()
+		}
+	}()
+	o.Terminate()
+	slow.mu.Lock()
+	if len(slow.pages) != 16 {
+		t.Errorf("a slow manager was given %d pages of 16", len(slow.pages))
+	}
+	slow.mu.Unlock()
+	ends(t, 5*time.Second, "Close", v.Close) // one after the other they would take 6
+	for _, s := range hung {
+		for len(s.held) > 0 {
+			(<-s.held)()
+		}
+	}
+}
+
+// One task cannot wire all that can be wired.
+func TestTaskWired(t *testing.T) {
+	v := newVM(t, 4<<20)
+	o := newObject(t, v, ObjectOptions{Size: 8 << 20, Manager: &shelf{}, Port: emm.NewPort()})
+	x, y := startTask(t, v), startTask(t, v)
+	m, n := x.mapObject(o, 1, 0, o.Size(), false), x.mapObject(o, 2, 0, o.Size(), false)
+	other := y.mapObject(o, 1, 0, o.Size(), false)
+	ctx := context.Background()
+	if err := m.Wire(ctx, 0, 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Wire(ctx, 4<<20, 1<<20); !errors.Is(err, emm.ResourceShortage) {
+		t.Errorf("3 MiB of 4 wired by one task: %v", err)
+	}
+	if got := x.Task.wired.Load(); got != 512 {
+		t.Errorf("%d frames count for the task", got)
+	}
+	if err := other.Wire(ctx, 4<<20, 1<<20); err != nil {
+		t.Errorf("another task: %v", err)
+	}
+	if err := m.Wire(ctx, 0, 4096); err != nil {
+		t.Errorf("what it has wired already: %v", err)
+	}
+	if err := m.Unwire(0, 4096); err != nil {
+		t.Error(err)
+	}
+	if err := m.Unwire(0, 1<<20); err != nil {
+		t.Error(err)
+	}
+	if err := n.Wire(ctx, 2<<20, 1<<20); err != nil {
+		t.Errorf("after unwiring: %v", err)
+	}
+	m.Close()
+	n.Close()
+	if a, b := x.Task.wired.Load(), v.wired.Load(); a != 0 || b != 256 {
+		t.Errorf("%d frames count for a task without mappings, %d are wired in all, want 0 and the other's 256", a, b)
+	}
+}
+
+// An object that makes room among its own pages takes those first that were advised not to be needed.
+func TestResidentMaxObeysAdvice(t *testing.T) {
+	v := newVM(t, 16<<20)
+	o := newObject(t, v, ObjectOptions{Size: 1 << 20, ResidentMax: 64 * 4096, Manager: &shelf{}, Port: emm.NewPort()})
+	x := startTask(t, v)
+	m := x.mapObject(o, 1, 0, o.Size(), false)
+	if err := m.Advise(0, o.Size(), Random); err != nil {
+		t.Fatal(err)
+	}
+	for p := range int64(48) {
+		x.write(1, p*4096, []byte{1})
+	}
+	if err := m.Advise(20*4096, 24*4096, DontNeed); err != nil {
+		t.Fatal(err)
+	}
+	for p := int64(100); p < 116; p++ { // as many as make the daemon look, and no more than were given up
+		x.write(1, p*4096, []byte{1})
+	}
+	for deadline := time.Now().Add(5 * time.Second); o.resident.Load() > 60 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	gone := 0
+	for p := range int64(48) {
+		switch there := o.word(p).Resident(); {
+		case !there && (p < 20 || p >= 44):
+			t.Errorf("page %d has gone before those that were advised", p)
+		case !there:
+			gone++
+		}
+	}
+	if gone == 0 {
+		t.Error("nothing has gone: the test shows nothing")
+	}
+}
+
+// To throw away a part of a huge object takes as long as what was ever there of it, in memory or with the manager.
+func TestDiscardOfAHugeObject(t *testing.T) {
+	v := newVM(t, 16<<20)
+	s := &shelf{}
+	o := newObject(t, v, ObjectOptions{Size: 1 << 40, Fresh: true, Manager: s, Port: emm.NewPort()})
+	x := startTask(t, v)
+	x.mapObject(o, 1, 0, o.Size(), false)
+	at := []int64{0, 1 << 30, 1<<39 + 8192, 1<<40 - 4096}
+	for _, off := range at {
+		x.write(1, off, []byte("here"))
+	}
+	if err := o.PageOut(context.Background(), at[2], 4096); err != nil { // the manager alone has it
+		t.Fatal(err)
+	}
+	ends(t, 10*time.Second, "SetSize", func() {
+		if err := o.SetSize(context.Background(), 4096); err != nil {
+			t.Error(err)
+		}
+		if err := o.SetSize(context.Background(), 1<<40); err != nil {
+			t.Error(err)
+		}
+	})
+	for i, off := range at {
+		want := make([]byte, 4)
+		if i == 0 {
+			want = []byte("here")
+		}
+		if got := x.read(1, off, 4); !bytes.Equal(got, want) {
+			t.Errorf("at %d: %q, want %q", off, got, want)
+		}
 	}
 }

@@ -1,11 +1,13 @@
 package vm
 
 import (
+	"context"
 	"fmt"
 	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +28,7 @@ type ObjectOptions struct {
 	ClusterSize int64       // bytes asked for at once around a fault, a power of two up to 2 MiB; 0: as the pattern of faults suggests
 	ResidentMin int64       // bytes that page-out leaves resident for the sake of others; 0: none
 	ResidentMax int64       // bytes that may be resident at once, at least 8 pages; 0: as many as the budget allows
+	Fresh       bool        // the manager has no contents that this object did not return: what was never touched need not be discarded there. True if Manager is nil
 	Manager     emm.Manager // nil: a temporary object of the vm's own (vm_allocate): zeros, given to the default manager at its first page-out
 }
 
@@ -41,6 +44,7 @@ type Object struct {
 	table    Table           // immutable
 	file     *frames.File    // immutable
 	control  *control        // immutable
+	fresh    bool            // immutable; as ObjectOptions
 	cluster  int64           // immutable; pages asked for at once, at least 1
 	stuck    stuckFrames     // of those that are reserved
 	resident atomic.Int64    // frames reserved for this object
@@ -136,6 +140,7 @@ func (v *VM) object(opt ObjectOptions) (*Object, error) {
 	}
 	size := (opt.Size + ps - 1) &^ (ps - 1)
 	o := &Object{vm: v, size: size, pageSize: ps, shift: uint(bits.TrailingZeros64(uint64(ps))), port: opt.Port, gate: newGate(), reasons: map[int64]emm.KernReturn{}}
+	o.fresh = opt.Fresh || opt.Manager == nil
 	o.control = &control{o: o}
 	o.maps.Store(&[]*Mapping{})
 	o.attrs.Store(&emm.Attributes{})
@@ -333,11 +338,13 @@ func (o *Object) adoptManager() (*binding, error) {
 func (o *Object) Destroyed() bool { return o.control.destroyed.Load() }
 
 // Terminate ends the object: its last right is gone. Its mappings must have been closed. The manager gets Terminate; pages of a temporary object are
-// dropped, others were asked to be returned first. Idempotent.
+// dropped, others are returned first. A manager that completes none of these for Options.EndPatience has not taken the rest: it is given up, and logged. Idempotent.
 func (o *Object) Terminate() {
 	o.answerAll(emm.MemoryError)                                         // nobody is left to wait for them
 	if !o.temporary() && !o.control.destroyed.Load() && o.gate.enter() { // otherwise contents die with the object
-		err := o.lockPages(o.vm.ctx, 0, o.npages(), emm.ReturnAll, true) // nobody maps it, so also while adopting
+		ctx, cancel := o.patience()
+		err := o.lockPages(ctx, 0, o.npages(), emm.ReturnAll, true) // nobody maps it, so also while adopting
+		cancel()
 		o.gate.leave()
 		if err != nil {
 			o.vm.log.Warn("object ended with contents that its manager did not take", "object", o.id, "err", err)
@@ -374,6 +381,30 @@ func (o *Object) Terminate() {
 	o.vm.guaranteed.add(-o.room.min)
 	o.table.Close()
 	o.vm.kickDeferred()
+}
+
+// patience is a context that ends when the manager has completed no data return for the vm's EndPatience.
+func (o *Object) patience() (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(o.vm.ctx)
+	go func() {
+		tick := time.NewTicker(max(time.Millisecond, o.vm.endPatience/8))
+		defer tick.Stop()
+		seen, since := o.stats.completed.Load(), time.Now()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case now := <-tick.C:
+				if n := o.stats.completed.Load(); n != seen {
+					seen, since = n, now
+				} else if now.Sub(since) >= o.vm.endPatience {
+					cancel(fmt.Errorf("the manager has completed nothing for %v: %w", o.vm.endPatience, emm.Failure))
+					return
+				}
+			}
+		}
+	}()
+	return ctx, func() { cancel(nil) }
 }
 
 func (o *Object) temporary() bool {

@@ -75,7 +75,7 @@ func (m *Mapping) ahead(p int64, f faulter) (a, b int64, stream bool) {
 	ra := m.pattern.at(p)
 	w := ra.Fault(p)
 	if w.BehindN > 0 {
-		o.vm.policy.Cold(o.frameRun(w.BehindFirst, w.BehindFirst+w.BehindN))
+		o.cold(w.BehindFirst, w.BehindFirst+w.BehindN)
 	}
 	if w.N == 1 {
 		return p, p + 1, false
@@ -177,7 +177,7 @@ func (m *Mapping) Advise(off, n int64, advice Advice) error {
 	case WillNeed:
 		return m.willNeed(a, b)
 	case DontNeed:
-		o.vm.policy.Cold(o.frameRun(a, b))
+		o.cold(a, b)
 		return nil
 	}
 	return m.pattern.set(o, a, b, policy.Advice(advice))

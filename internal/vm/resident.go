@@ -3,6 +3,7 @@ package vm
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,7 +22,13 @@ type residency struct {
 	lack     atomic.Int64 // frames refused to who waits, since the daemon looked
 	full     atomic.Bool  // the daemon found nothing to let go of, and nothing is on its way in or out
 	hand     int64        // the daemon's alone; page
+
+	mu   sync.Mutex // a leaf
+	cold [][2]int64 // guarded by mu; ranges of pages that were advised to go first, at most maxCold
 }
+
+// maxCold bounds the ranges that are remembered. More are forgotten, but for their marks.
+const maxCold = 64
 
 // minResidentMax is the least maximum, in pages of the object: what one instruction can need at once, and as many more.
 const minResidentMax = 8
@@ -144,6 +151,49 @@ func (o *Object) used(p int64) {
 	}
 }
 
+// cold advises that the pages [a, b) are not needed soon: they go first, also when the object makes room among its own.
+func (o *Object) cold(a, b int64) {
+	o.vm.policy.Cold(o.frameRun(a, b))
+	r := &o.room
+	if r.max == 0 || a >= b {
+		return
+	}
+	walk := touched{o: o}
+	for p := walk.next(a, b); p < b; p = walk.next(p+1, b) {
+		if o.word(p)&recent != 0 {
+			o.words[p].And(^uint64(recent))
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := len(r.cold); n > 0 && r.cold[n-1][1] == a { // dropped behind a stream
+		r.cold[n-1][1] = b
+	} else if n < maxCold {
+		r.cold = append(r.cold, [2]int64{a, b})
+	}
+}
+
+// nextCold takes the range that was advised first.
+func (r *residency) nextCold() (a, b int64, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.cold) == 0 {
+		return 0, 0, false
+	}
+	a, b = r.cold[0][0], r.cold[0][1]
+	r.cold = slices.Delete(r.cold, 0, 1)
+	return a, b, true
+}
+
+// stillCold puts back what is left of a range.
+func (r *residency) stillCold(a, b int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if a < b {
+		r.cold = slices.Insert(r.cold, 0, [2]int64{a, b})
+	}
+}
+
 // spares reports whether n more pages can go without the object falling below its minimum.
 func (o *Object) spares(n int64) bool {
 	return o.room.min == 0 || o.resident.Load()-o.room.leaving.Load()-int64(o.framesOf(n)) >= o.room.min
@@ -216,7 +266,19 @@ func (o *Object) sweep(want int64, clean bool) (begun int64) {
 			return begun < want
 		})
 	}
-	n := o.npages()
+	n, hand := o.npages(), o.room.hand
+	for begun < want {
+		a, b, ok := o.room.nextCold()
+		if !ok {
+			break
+		}
+		o.room.hand = a
+		over(a, b)
+		if begun >= want {
+			o.room.stillCold(o.room.hand, b)
+		}
+	}
+	o.room.hand = hand
 	start := o.room.hand % n
 	for _, part := range [...][2]int64{{start, n}, {0, n}, {0, n}} {
 		if begun < want {

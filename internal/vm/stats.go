@@ -13,7 +13,7 @@ type counters struct {
 	bugs, deferred, noMemory, foreign, extents, unasked, thrownAway, notStored, scrubbed atomic.Int64
 }
 
-type objectCounters struct{ returned, evicted atomic.Int64 }
+type objectCounters struct{ completed, returned, evicted atomic.Int64 }
 
 type taskCounters struct{ readErrors, events, strangers atomic.Int64 }
 

@@ -69,6 +69,11 @@ type Options struct {
 	Policy string
 	// MaxReturn bounds the bytes lent to managers in data returns; 0: 16 MiB.
 	MaxReturn int64
+	// EndPatience is how long the end of an object waits for a manager that completes none of the data returns it has: then what it did not take is given up, and logged.
+	// 0: 30 s.
+	EndPatience time.Duration
+	// TaskWired is how much of what can be wired one task may wire, in percent; 0: 75. The rest is for others.
+	TaskWired int
 	// Adopting makes a vm that takes over what an earlier one left, and serves nothing before Resume: see adopt.go.
 	Adopting bool
 	// Moved is told where the pieces of a mapping are since its task has moved some of it (mremap(2)): whoever answers for ranges when this process cannot must know. It
@@ -80,17 +85,19 @@ type Options struct {
 
 // VM is one "kernel": a page size of its own for each object, one budget of frames.
 type VM struct {
-	frames   *frames.Pool                                // immutable
-	newTable func(object uint64, n int64) (Table, error) // immutable
-	log      *slog.Logger                                // immutable
-	defMgr   atomic.Pointer[emm.DefaultManager]          // for future objects
-	seqno    atomic.Uint32                               // of the default pager's port
-	zero     []byte                                      // immutable; extentSize bytes of zeros, off the heap
-	bufs     *bufferPool                                 // immutable
-	told     func(t *Task, mapping uint64, spans []Span) // immutable; Options.Moved
-	nextID   atomic.Uint64
-	adopting atomic.Bool   // changed under mu
-	resumed  chan struct{} // closed when no adoption is under way
+	frames      *frames.Pool                                // immutable
+	newTable    func(object uint64, n int64) (Table, error) // immutable
+	log         *slog.Logger                                // immutable
+	defMgr      atomic.Pointer[emm.DefaultManager]          // for future objects
+	seqno       atomic.Uint32                               // of the default pager's port
+	zero        []byte                                      // immutable; extentSize bytes of zeros, off the heap
+	bufs        *bufferPool                                 // immutable
+	told        func(t *Task, mapping uint64, spans []Span) // immutable; Options.Moved
+	endPatience time.Duration                               // immutable
+	taskWired   int64                                       // immutable; percent
+	nextID      atomic.Uint64
+	adopting    atomic.Bool   // changed under mu
+	resumed     chan struct{} // closed when no adoption is under way
 
 	mu      sync.Mutex
 	objects map[uint64]*Object // guarded by mu
@@ -124,9 +131,10 @@ type VM struct {
 	shortLogged atomic.Int64 // ns since epoch: a fault got no frame, and that was logged
 	refused     atomic.Bool  // the kernel had no frame though one was reserved
 
-	ctx    context.Context // ended by Close
-	cancel context.CancelFunc
-	bg     sync.WaitGroup
+	closing sync.Once
+	ctx     context.Context // ended by Close
+	cancel  context.CancelFunc
+	bg      sync.WaitGroup
 
 	counters counters
 }
@@ -142,12 +150,22 @@ func New(o Options) (*VM, error) {
 	if o.MaxReturn == 0 {
 		o.MaxReturn = 16 << 20
 	}
+	if o.EndPatience == 0 {
+		o.EndPatience = 30 * time.Second
+	}
+	if o.TaskWired == 0 {
+		o.TaskWired = 75
+	}
+	if o.TaskWired < 0 || o.TaskWired > 100 || o.EndPatience < 0 {
+		return nil, fmt.Errorf("new vm: a task may wire %d percent, an end waits %v: %w", o.TaskWired, o.EndPatience, emm.InvalidArgument)
+	}
 	zero, err := offHeap(extentSize)
 	if err != nil {
 		return nil, fmt.Errorf("new vm: map zeros: %w", err)
 	}
 	v := &VM{frames: o.Frames, newTable: o.NewTable, log: o.Log, zero: zero, bufs: newBufferPool(o.MaxReturn),
-		objects: map[uint64]*Object{}, tasks: map[uint64]*Task{}, kick: make(chan struct{}, 1), told: o.Moved, resumed: make(chan struct{})}
+		objects: map[uint64]*Object{}, tasks: map[uint64]*Task{}, kick: make(chan struct{}, 1), told: o.Moved, resumed: make(chan struct{}),
+		endPatience: o.EndPatience, taskWired: int64(o.TaskWired)}
 	if v.policy, err = policy.New(o.Policy, policy.Options{Capacity: max(1, o.Frames.Budget()/frameSize)}); err != nil {
 		unmapOffHeap(zero)
 		return nil, fmt.Errorf("new vm: %w", err)
@@ -198,17 +216,22 @@ func (v *VM) defaultManager() emm.DefaultManager {
 	return nil
 }
 
-// Close ends all tasks and objects and waits for the vm's goroutines. Threads that still fault are left to the guardian.
-func (v *VM) Close() {
+// Close ends all tasks and objects and waits for the vm's goroutines. Threads that still fault are left to the guardian. Objects end at the same time, each as Terminate
+// says, so managers that answer nothing keep it no longer than Options.EndPatience. Idempotent.
+func (v *VM) Close() { v.closing.Do(v.close) }
+
+func (v *VM) close() {
 	v.mu.Lock()
 	tasks := slices.Collect(maps.Values(v.tasks))
 	v.mu.Unlock()
 	for _, t := range tasks {
 		t.Close()
 	}
+	var ends sync.WaitGroup
 	for _, o := range v.allObjects() {
-		o.Terminate()
+		ends.Go(o.Terminate)
 	}
+	ends.Wait()
 	v.cancel()
 	v.bg.Wait()
 	v.bufs.close()

@@ -20,7 +20,7 @@ type wirePages struct {
 const wireSlack = 8
 
 // Wire makes the bytes [off, off+n) of the mapping, from its beginning, resident and keeps them so until as many Unwires (vm_wire). A page may
-// be wired 65535 times over all mappings. KERN_RESOURCE_SHORTAGE if the budget would be all wired. What devices pin must be wired: page-out cannot see pins.
+// be wired 65535 times over all mappings. KERN_RESOURCE_SHORTAGE if the budget would be all wired, or the task would have more than Options.TaskWired of it. What devices pin must be wired: page-out cannot see pins.
 func (m *Mapping) Wire(ctx context.Context, off, n int64) error {
 	o := m.obj
 	a, b, err := m.wireRange("wire", off, n)
@@ -39,10 +39,17 @@ func (m *Mapping) Wire(ctx context.Context, off, n int64) error {
 	if m.wires.count == nil {
 		m.wires.count = map[int64]uint16{}
 	}
-	first := m.off >> o.shift
-	done := a
+	first, f := m.off>>o.shift, int64(o.framesOf(1))
+	done, over := a, false
 	for ; done < b; done++ {
-		if m.wires.count[done-first] == page.MaxWired || !o.wirePage(done) {
+		n := m.wires.count[done-first]
+		if over = n == 0 && !m.task.mayWire(f); over {
+			break
+		}
+		if n == page.MaxWired || !o.wirePage(done) {
+			if n == 0 {
+				m.task.wired.Add(-f)
+			}
 			break
 		}
 		m.wires.count[done-first]++
@@ -50,6 +57,9 @@ func (m *Mapping) Wire(ctx context.Context, off, n int64) error {
 	m.wires.mu.Unlock()
 	if done < b {
 		m.unwire(a, done)
+		if over {
+			return fmt.Errorf("wire: one task may wire %d percent of the budget of %d bytes, without the reserve: %w", o.vm.taskWired, o.vm.frames.Budget(), emm.ResourceShortage)
+		}
 		return fmt.Errorf("wire: the budget of %d bytes would be all wired, or a page is wired too often: %w", o.vm.frames.Budget(), emm.ResourceShortage)
 	}
 	failpoint.Here("wire.counted")
@@ -99,6 +109,7 @@ func (m *Mapping) unwire(a, b int64) {
 		if n := m.wires.count[p-first]; n > 0 {
 			if n == 1 {
 				delete(m.wires.count, p-first)
+				m.task.wired.Add(-int64(m.obj.framesOf(1)))
 			} else {
 				m.wires.count[p-first] = n - 1
 			}
@@ -111,12 +122,23 @@ func (m *Mapping) unwire(a, b int64) {
 func (m *Mapping) unwireAll() {
 	m.wires.mu.Lock()
 	defer m.wires.mu.Unlock()
+	m.task.wired.Add(-int64(len(m.wires.count)) * int64(m.obj.framesOf(1)))
 	for i, n := range m.wires.count {
 		for ; n > 0; n-- {
 			m.obj.unwirePage(m.off>>m.obj.shift + i)
 		}
 	}
 	m.wires.count = nil
+}
+
+// mayWire counts f more frames as wired by the task, if it may have so many.
+func (t *Task) mayWire(f int64) bool {
+	budget := t.vm.frames.Budget() / frameSize
+	if t.wired.Add(f) <= (budget-unpromised(budget, f))*t.vm.taskWired/100 {
+		return true
+	}
+	t.wired.Add(-f)
+	return false
 }
 
 // wirePage wires page p once more, if the budget allows it. The frames of pages wired at all are counted.
