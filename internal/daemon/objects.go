@@ -188,7 +188,7 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 		keep = true
 		o.manager, opt.Manager, opt.Port = got, got, emm.NewPort()
 	case !s.private:
-		opt.Port, opt.Manager = emm.NewPort(), d.pager
+		opt.Port, opt.Manager, opt.Fresh = emm.NewPort(), d.pager, true
 		if err := d.pager.ObjectCreate(opt.Port, s.size, s.pageSize); err != nil {
 			return nil, err
 		}
