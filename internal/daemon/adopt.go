@@ -184,7 +184,7 @@ func (d *Daemon) adoptObject(in *inheritance, i *guardian.Item) error {
 	case r.Own:
 		opt.Manager = d.pager
 	case r.Manager != "":
-		o.manager = d.reopenManager(in, i.ID, r)
+		o.manager = d.reopenManager(in, i.ID, o)
 		opt.Manager = o.manager
 	default:
 		opt.Created = d.pager.Has(port)
@@ -214,7 +214,9 @@ func (d *Daemon) adoptObject(in *inheritance, i *guardian.Item) error {
 }
 
 // reopenManager makes the manager of an object once more. One that cannot be made leaves an object whose every touch is an error.
-func (d *Daemon) reopenManager(in *inheritance, id uint64, r objectRecord) emm.Manager {
+func (d *Daemon) reopenManager(in *inheritance, id uint64, o *object) emm.Manager {
+	r := o.record
+	o.lost.Store(r.Lost)
 	s := objectSpec{size: r.Size, pageSize: r.PageSize, manager: r.Manager, arg: r.Arg}
 	if i := in.managerFiles[id]; i != nil {
 		s.file = os.NewFile(uintptr(i.FD), "of a task")
@@ -222,7 +224,7 @@ func (d *Daemon) reopenManager(in *inheritance, id uint64, r objectRecord) emm.M
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
 	defer cancel()
-	m, err := d.openManager(ctx, s)
+	m, err := d.openManager(ctx, s, o)
 	if err != nil {
 		d.log.Error("a memory manager cannot be opened again: its object is lost", "manager", r.Manager, "object", id, "err", err)
 		if s.file != nil {

@@ -20,8 +20,8 @@ func (o *object) readOnly() bool {
 	return ok && p.MaxProtection()&emm.ProtWrite == 0
 }
 
-// openManager makes the manager of a new object that names one. On success the file is the manager's.
-func (d *Daemon) openManager(ctx context.Context, s objectSpec) (emm.Manager, error) {
+// openManager makes the manager of an object that names one. On success the file is the manager's.
+func (d *Daemon) openManager(ctx context.Context, s objectSpec, o *object) (emm.Manager, error) {
 	var got emm.Manager
 	var err error
 	switch m := d.managers[s.manager]; {
@@ -30,7 +30,12 @@ func (d *Daemon) openManager(ctx context.Context, s objectSpec) (emm.Manager, er
 	case s.manager == fileManager && s.arg != "":
 		return nil, fmt.Errorf("it takes no argument: files are opened by their users, and handed over open (ObjectOptions.File): %w", emm.InvalidArgument)
 	case s.manager == fileManager:
-		got, err = vnode.File(s.file, s.size, &vnode.Options{Log: d.log})
+		got, err = vnode.File(s.file, s.size, &vnode.Options{Log: d.log, Lost: o.lost.Load(), OnLost: func() {
+			o.lost.Store(true)
+			if err := d.holdRecord(o); err != nil {
+				d.log.Error("a file lost writes, and the next pager will not know", "object", o.vm.ID(), "err", err)
+			}
+		}})
 	case m == nil:
 		return nil, fmt.Errorf("no memory manager has this name: %w", emm.InvalidName)
 	default:

@@ -46,6 +46,7 @@ type objectRecord struct {
 	Private      bool   `json:",omitempty"` // nobody can open it
 	Own          bool   `json:",omitempty"` // made by the default pager
 	Manager, Arg string `json:",omitempty"`
+	Lost         bool   `json:",omitempty"` // the manager's file lost writes
 }
 
 // mappingRecord is a mapping; its number, session (Parent), object (A) and the request that made it (B) are the item's. That it was started says its ItemRange.
@@ -124,8 +125,10 @@ func (d *Daemon) holdObject(o *object, file int) error {
 
 // holdRecord has the guardian hold the object as it is now.
 func (d *Daemon) holdRecord(o *object) error {
+	o.recordMu.Lock()
+	defer o.recordMu.Unlock()
 	r := o.record
-	r.Length = o.size.Load()
+	r.Length, r.Lost = o.size.Load(), o.lost.Load()
 	tail, err := encode(r)
 	if err != nil {
 		return err

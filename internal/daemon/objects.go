@@ -26,10 +26,12 @@ type object struct {
 	cluster int64        // immutable; bytes, as asked for
 	manager emm.Manager  // immutable; nil: the default pager
 	name    string       // immutable; of the manager
-	record  objectRecord // immutable, but for Length, which is size
+	record  objectRecord // immutable, but for Length, which is size, and Lost, which is lost
+	lost    atomic.Bool  // the file behind it lost writes: see vnode.Options
 	rights  int          // guarded by objects.mu; handles and mappings
 
-	sizeMu sync.Mutex // held by who changes size
+	sizeMu   sync.Mutex // held by who changes size
+	recordMu sync.Mutex // held while the guardian is told: the last to be told is how it is
 }
 
 // objects are all objects that somebody has a right to.
@@ -181,7 +183,7 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 	opt := vm.ObjectOptions{Size: s.size, PageSize: s.pageSize, ClusterSize: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax}
 	switch {
 	case s.manager != "":
-		got, err := d.openManager(ctx, s)
+		got, err := d.openManager(ctx, s, o)
 		if err != nil {
 			return nil, fmt.Errorf("create object: manager %q: %w", s.manager, err)
 		}

@@ -58,7 +58,7 @@ type Options struct {
 	// Capacity is how many bytes of contents, before compression, may be stored, rounded down to slots. 0: no bound of its own.
 	Capacity int64
 	// Limit is how many bytes of memory the contents may take when compressed, rounded down to slabs of 64 KiB. The index (16 bytes per slot)
-	// comes on top. 0: no bound of its own.
+	// comes on top. 0: no bound of its own. What an earlier store left may be more; nothing of it is lost.
 	Limit int64
 	// Slack is how many bytes of free slabs keep their memory, so that it can be reused without being given back and faulted in again.
 	// 0: 8 MiB. Negative: none.
@@ -121,7 +121,11 @@ func New(o *Options) (*Store, error) {
 	}
 	s := &Store{slots: store.NewAllocator(uint64(o.Capacity / store.SlotSize)), bounded: o.Capacity > 0, limit: o.Limit / slabSize * slabSize}
 	s.index.init(ix)
-	s.slabs.init(data, uint64(o.Limit/slabSize), uint64(slack/slabSize))
+	limit := uint64(o.Limit / slabSize)
+	if limit > 0 {
+		limit = max(limit, uint64(len(data.Bytes())/slabSize))
+	}
+	s.slabs.init(data, limit, uint64(slack/slabSize))
 	return s, nil
 }
 

@@ -119,3 +119,29 @@ func (x *index) entries(yield func(named) bool) {
 	more := true
 	x.each(func(i int, w where) { more = more && yield(named{store.Slot(i + 1), w}) })
 }
+
+// A store with a lower limit than that of before loses nothing.
+func TestRestartWithLowerLimit(t *testing.T) {
+	index, data := anonymous(t), anonymous(t)
+	l := storetest.NewLife(open(t, Options{Index: index, Data: data, Limit: 8 << 20}), 4)
+	l.Step(200)
+	next, err := New(&Options{Index: index, Data: data, Limit: slabSize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Rebuild(l.Used); err != nil {
+		t.Fatal(err)
+	}
+	l.On(next)
+	if err := l.Verify(); err != nil {
+		t.Fatal(err)
+	}
+	if i := next.Info(); i.Free != 0 || i.Total != i.Used {
+		t.Errorf("info beyond the limit: %+v", i)
+	}
+	l.Step(100)
+	if err := l.Verify(); err != nil {
+		t.Fatal(err)
+	}
+	l.Drop()
+}
