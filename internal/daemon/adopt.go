@@ -399,7 +399,9 @@ func (d *Daemon) resume(in *inheritance) {
 	for _, o := range in.shrunk {
 		d.ends.Go(func() {
 			defer o.sizeMu.Unlock()
-			if err := o.vm.Discard(context.Background(), o.size.Load(), o.record.Size-o.size.Load()); err != nil && !errors.Is(err, emm.InvalidObject) {
+			size, whole := o.size.Load(), int64(o.record.PageSize)
+			end := (o.record.Size + whole - 1) / whole * whole // the last page too, of which the object may have a part only
+			if err := o.vm.Discard(context.Background(), size, end-size); err != nil && !errors.Is(err, emm.InvalidObject) {
 				d.log.Error("what lies beyond the size of an object is not gone", "object", o.vm.ID(), "err", err)
 			}
 		})

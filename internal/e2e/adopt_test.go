@@ -531,12 +531,14 @@ func killer(t *testing.T, socket string, rng *rand.Rand, every time.Duration) fu
 			kills++
 		}
 	}()
-	return func() int {
+	stop := func() int {
 		cancel()
 		<-done
 		p.Close()
 		return kills
 	}
+	t.Cleanup(func() { stop() }) // a test that failed does not call it
+	return stop
 }
 
 // TestMetamorphicKilled is TestMetamorphic while the pager is killed at random instants.
