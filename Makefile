@@ -5,7 +5,7 @@
 #	make test     everything that must hold: format, vet, staticcheck, all tests
 #	make bench    the fault benchmark against a C floor compiled on the spot (needs gcc)
 #	make fuzz     every fuzz target for FUZZTIME
-#	make soak     the randomised end-to-end tests for SOAK
+#	make soak     the randomised end-to-end tests for SOAK each, with kills of the pager at random instants and at every failpoint
 #	make deps     the Debian packages that test and bench need; the pager itself needs none
 
 GO       ?= go
@@ -50,7 +50,8 @@ fmt:
 	@bad=$$(gofmt -l .); if [ -n "$$bad" ]; then echo "gofmt -w these files:"; echo "$$bad"; exit 1; fi
 
 # -timeout ends a test that hangs, with the stacks of all its goroutines. The end-to-end tests run without the race detector: they are many processes
-# with bounds in seconds, which it slows ten times; what they exercise runs under it in the tests of each package. Those that run side by side mostly wait: -parallel has nothing to do with processors.
+# with bounds in seconds, which it slows ten times; what they exercise runs under it in the tests of each package. Those that run side by side mostly
+# wait: -parallel has nothing to do with the number of processors.
 unit:
 	CGO_ENABLED=$(if $(RACE),1,0) $(GOTEST) $(RACE) -timeout $(TIMEOUT) $$($(GO) list ./... | grep -v /internal/e2e)
 	$(GOTEST) -parallel 4 -timeout $(TIMEOUT) ./internal/e2e
@@ -73,7 +74,7 @@ fuzz:
 	done
 
 soak:
-	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 30m -run 'Metamorphic|Hazard|FillEmptyFill|PagingFiles|PagingSpaceFull' ./internal/e2e
+	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 30m -run 'Metamorphic|Hazard|FillEmptyFill|PagingFiles|PagingSpaceFull|Killed' ./internal/e2e
 
 deps:
 	apt-get install -y --no-install-recommends gcc libc6-dev

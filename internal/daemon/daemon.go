@@ -151,9 +151,6 @@ func Run(o Options) error {
 		movements: movements{some: make(chan struct{}, 1), all: map[uint64][]vm.Span{}}}
 	d.objects.init()
 	d.limits.init()
-	if err := d.arm(""); err != nil {
-		return fmt.Errorf("start pager: %w", err)
-	}
 	for i, m := range o.Managers {
 		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
 			return fmt.Errorf("start pager: memory manager %q: want a name of its own and an Open function", m.Name)
@@ -178,7 +175,7 @@ func Run(o Options) error {
 		err = d.confine(ctx)
 	}
 	if err == nil && left == nil {
-		err = d.arm("once:")
+		err = d.arm()
 	}
 	if err == nil && left != nil {
 		failpoint.Here("daemon.adopt.resume")
@@ -253,19 +250,10 @@ func Run(o Options) error {
 	return d.close()
 }
 
-// arm arms the failpoints of the configuration if they are for when: "" any pager, "once:" the first when it is about to serve, "next:" the one after it.
-func (d *Daemon) arm(when string) error {
-	first, rest, _ := strings.Cut(d.config.Failpoints, ":")
-	switch first + ":" {
-	case when:
-		return failpoint.Arm(rest)
-	case "once:", "next:":
-		return nil
-	}
-	if when != "" {
-		return nil
-	}
-	return failpoint.Arm(d.config.Failpoints)
+// arm arms the failpoints of this pager: of the first when it is about to serve, of one that takes over when it begins to.
+func (d *Daemon) arm() error {
+	lives := strings.Split(d.config.Failpoints, ";")
+	return failpoint.Arm(lives[min(d.record.Restarts, len(lives)-1)])
 }
 
 // drain is the guardian's Stop: no new tasks, and the end when the last has left.
@@ -291,10 +279,8 @@ func (d *Daemon) open(link *os.File) (left *inheritance, err error) {
 		return left, err
 	}
 	if left != nil {
-		if d.record.Restarts++; d.record.Restarts == 1 {
-			err = d.arm("next:")
-		}
-		if err = errors.Join(err, d.holdPager()); err != nil {
+		d.record.Restarts++
+		if err = errors.Join(d.arm(), d.holdPager()); err != nil {
 			return left, err
 		}
 	}

@@ -156,11 +156,11 @@ func TestFailpoints(t *testing.T) {
 	for _, point := range points {
 		t.Run(point, func(t *testing.T) {
 			t.Parallel()
-			when := "once:"
-			if strings.HasPrefix(point, "daemon.adopt.") {
-				when = "next:"
+			points, adopts := point+"=1;", strings.HasPrefix(point, "daemon.adopt.")
+			if adopts { // the second pager
+				points = ";" + points
 			}
-			socket, pager := pagerAt(t, pagerOptions{Served: true, Store: "file", Dir: t.TempDir(), Restarts: restarts, Settled: 1, Failpoints: when + point + "=1"})
+			socket, pager := pagerAt(t, pagerOptions{Served: true, Store: "file", Dir: t.TempDir(), Restarts: restarts, Settled: 1, Failpoints: points})
 			p, err := region.Dial(t.Context(), socket, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -172,7 +172,9 @@ func TestFailpoints(t *testing.T) {
 			}
 			guardian := before.GuardianPID
 			held := guardianHolds(guardian)
-			if when == "next:" {
+			deaths := 1
+			if adopts {
+				deaths++
 				if _, err := killPager(t.Context(), p); err != nil {
 					t.Fatal(err)
 				}
@@ -189,7 +191,7 @@ func TestFailpoints(t *testing.T) {
 					break
 				}
 			}
-			if n := strings.Count(pager.output(), "the pager has died"); n != 1+strings.Count(when, "next") {
+			if n := strings.Count(pager.output(), "the pager has died"); n != deaths {
 				t.Errorf("%d deaths", n)
 			}
 			if after.Objects != 0 || after.Resident != 0 || after.PagingFree != after.PagingTotal {

@@ -150,8 +150,8 @@ func watchBudget(t *testing.T, socket string, budget int64) func() {
 	}
 }
 
-// mirrors runs the tasks of one configuration for d. After each round it calls progress, if not nil.
-func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Duration, progress func(round int)) {
+// mirrors runs the tasks of one configuration for d, or until more, which is called after each round unless it is nil, says no.
+func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Duration, more func() bool) {
 	n, pageSize := s.tasks, s.pageSize
 	size := int64(s.pages*pageSize - rng.IntN(pageSize)) // the last page may be partial
 	model := make([]byte, size)
@@ -206,8 +206,8 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Durati
 				t.Fatalf("round %d, task %d: %v: %s", rounds, i, o, wrong)
 			}
 		}
-		if progress != nil {
-			progress(rounds)
+		if more != nil && !more() {
+			break
 		}
 	}
 	for _, k := range ks {
