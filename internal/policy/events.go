@@ -4,9 +4,47 @@ import "math/bits"
 
 func orderOf(n int64) uint { return uint(bits.Len64(uint64(n)) - 1) }
 
-func (q *queues) Fill(r Run, unit, need int64) {
+// event is a Fill, or a Touch, whose unit is 0.
+type event struct {
+	run        Run
+	unit, need int64
+}
+
+// maxLate is how many events are put off: few enough that the fault that pays for them is not noticed.
+const maxLate = 16
+
+// Fills and touches come from faults, one at a time, each on a processor that knows nothing of the tables any more. They are put off, and done together when there are some, or
+// before anything that depends on them: nobody can see that they were late.
+func (q *queues) later(e event) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
+	q.late[q.lates] = e
+	if q.lates++; q.lates == maxLate {
+		q.catchUp()
+	}
+	q.mu.Unlock()
+}
+
+// lock takes the mutex, for all but what is put off.
+func (q *queues) lock() {
+	q.mu.Lock()
+	q.catchUp()
+}
+
+// catchUp does what was put off. Called with mu.
+func (q *queues) catchUp() {
+	for i := range q.late[:q.lates] {
+		if e := &q.late[i]; e.unit != 0 {
+			q.fill(e.run, e.unit, e.need)
+		} else {
+			q.touch(e.run.Object, e.run.First)
+		}
+	}
+	q.lates = 0
+}
+
+func (q *queues) Fill(r Run, unit, need int64) { q.later(event{r, unit, need}) }
+
+func (q *queues) fill(r Run, unit, need int64) {
 	q.forget(r.Object, r.First, r.First+r.N)
 	order := orderOf(unit)
 	q.orders |= 1 << order
@@ -38,8 +76,10 @@ func (q *queues) remembered(object uint64, frame, need int64, order uint, waited
 }
 
 func (q *queues) Touch(object uint64, frame int64) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
+	q.later(event{run: Run{Object: object, First: frame}})
+}
+
+func (q *queues) touch(object uint64, frame int64) {
 	i := q.table.covering(object, frame)
 	if i == 0 {
 		return
@@ -53,7 +93,7 @@ func (q *queues) Touch(object uint64, frame int64) {
 }
 
 func (q *queues) Keep(r Run, unit int64) {
-	q.mu.Lock()
+	q.lock()
 	defer q.mu.Unlock()
 	q.forget(r.Object, r.First, r.First+r.N)
 	order := orderOf(unit)
@@ -89,11 +129,11 @@ const maxHold = 1024
 
 // each calls fn for the units that have frames in r. If r is longer than all that is resident, those are looked at instead.
 func (q *queues) each(r Run, fn func(i uint32, u *unit)) {
-	q.mu.Lock()
+	q.lock()
 	defer q.mu.Unlock()
 	pause := func() {
 		q.mu.Unlock()
-		q.mu.Lock()
+		q.lock()
 	}
 	end := r.First + r.N
 	if r.N > int64(q.table.used) {

@@ -23,6 +23,8 @@ type queues struct {
 	orders   uint // bit i: units of order i were filled once
 	term     [maxLevels]term
 	stats    Stats
+	late     [maxLate]event
+	lates    int
 }
 
 const (
@@ -50,7 +52,7 @@ func newQueues(levels int, o Options) *queues {
 }
 
 func (q *queues) Resize(capacity int64) {
-	q.mu.Lock()
+	q.lock()
 	defer q.mu.Unlock()
 	q.resize(max(capacity, 1))
 }
@@ -64,7 +66,7 @@ func (q *queues) resize(capacity int64) {
 }
 
 func (q *queues) Stats() Stats {
-	q.mu.Lock()
+	q.lock()
 	defer q.mu.Unlock()
 	s := q.stats
 	s.Units, s.Cold = q.table.live, q.queues[coldQueue].frames

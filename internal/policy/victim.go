@@ -53,7 +53,7 @@ func (q *queues) oldest() (uint32, uint64) {
 }
 
 func (q *queues) Victims(want int64, dst []Run) []Run {
-	q.mu.Lock()
+	q.lock()
 	defer q.mu.Unlock()
 	for want > 0 {
 		i := q.victim()
