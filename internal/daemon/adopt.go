@@ -178,6 +178,15 @@ func (d *Daemon) adoptObject(in *inheritance, i *guardian.Item) error {
 	if !r.Private {
 		o.port = port
 	}
+	for _, l := range r.Rights {
+		p, err := emm.ParsePort(l.Port)
+		if err != nil {
+			return fmt.Errorf("take over object %d: a right to it: %w: %w", i.ID, err, ErrState)
+		}
+		d.objects.mu.Lock()
+		d.objects.name(p, o, &right{port: p, flags: l.Flags})
+		d.objects.mu.Unlock()
+	}
 	opt := vm.AdoptOptions{ID: i.ID, Length: r.Length, ObjectOptions: vm.ObjectOptions{Port: port, Size: r.Size, PageSize: r.PageSize, ClusterSize: r.Cluster,
 		ResidentMin: r.ResidentMin, ResidentMax: r.ResidentMax}}
 	switch {
@@ -259,7 +268,7 @@ func (d *Daemon) adoptSession(in *inheritance, i *guardian.Item) error {
 		uc.Close()
 		return fail(err)
 	}
-	s := &session{d: d, id: i.ID, own: i.A != 0, uc: uc, conn: conn, handles: map[uint64]*object{}, mappings: map[uint64]*mapping{},
+	s := &session{d: d, id: i.ID, own: i.A != 0, uc: uc, conn: conn, handles: map[uint64]*object{}, rights: map[uint64]*right{}, mappings: map[uint64]*mapping{},
 		madeHandles: map[uint32]uint64{}, madeMappings: map[uint32]*mapping{}}
 	for last := d.lastID.Load(); last < s.id; last = d.lastID.Load() {
 		d.lastID.CompareAndSwap(last, s.id)
@@ -285,6 +294,9 @@ func (d *Daemon) adoptSession(in *inheritance, i *guardian.Item) error {
 		}
 		d.objects.add(o)
 		s.handles[h.ID] = o
+		if r := d.rightOf(o, string(h.Tail)); r != nil {
+			s.rights[h.ID] = r
+		}
 		s.madeHandles[uint32(h.B)] = h.ID
 	}
 	delete(in.handles, s.id)
@@ -331,6 +343,7 @@ func (s *session) adoptMapping(in *inheritance, i *guardian.Item) error {
 		return nil
 	}
 	d.objects.add(o)
+	m.right = d.rightOf(o, r.Right)
 	s.addMapping(m)
 	s.madeMappings[m.seq] = m
 	if !wired {

@@ -40,19 +40,21 @@ type objectRecord struct {
 	Size         int64  // bytes, as it was made
 	Length       int64  // bytes, as SetSize has made it
 	PageSize     int
-	Cluster      int64  `json:",omitempty"`
-	ResidentMin  int64  `json:",omitempty"`
-	ResidentMax  int64  `json:",omitempty"`
-	Private      bool   `json:",omitempty"` // nobody can open it
-	Own          bool   `json:",omitempty"` // made by the default pager
-	Manager, Arg string `json:",omitempty"`
-	Lost         bool   `json:",omitempty"` // the manager's file lost writes
+	Cluster      int64         `json:",omitempty"`
+	ResidentMin  int64         `json:",omitempty"`
+	ResidentMax  int64         `json:",omitempty"`
+	Private      bool          `json:",omitempty"` // nobody can open it
+	Own          bool          `json:",omitempty"` // made by the default pager
+	Manager, Arg string        `json:",omitempty"`
+	Lost         bool          `json:",omitempty"` // the manager's file lost writes
+	Rights       []rightRecord `json:",omitempty"`
 }
 
 // mappingRecord is a mapping; its number, session (Parent), object (A) and the request that made it (B) are the item's. That it was started says its ItemRange.
 type mappingRecord struct {
 	Offset, Size int64
 	ReadOnly     bool      `json:",omitempty"`
+	Right        string    `json:",omitempty"` // the port of the lesser right that it was made by
 	Spans        []vm.Span `json:",omitempty"` // where its pieces are, once the task has moved any
 }
 

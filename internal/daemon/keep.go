@@ -79,6 +79,9 @@ func (s *session) setSize(ctx context.Context, q ipc.ObjectSetSize) error {
 		return fmt.Errorf("set size of object: %w", err)
 	}
 	defer s.d.release(o)
+	if err := s.by(q.Handle).allows(ipc.RightNoResize); err != nil {
+		return fmt.Errorf("set size of object: %w", err)
+	}
 	if q.Size < 0 || q.Size > o.record.Size {
 		return fmt.Errorf("set size of object: %d bytes: want 0 to %d, which it was made with: %w", q.Size, o.record.Size, emm.InvalidArgument)
 	}

@@ -26,9 +26,10 @@ type object struct {
 	cluster int64        // immutable; bytes, as asked for
 	manager emm.Manager  // immutable; nil: the default pager
 	name    string       // immutable; of the manager
-	record  objectRecord // immutable, but for Length, which is size, and Lost, which is lost
+	record  objectRecord // immutable, but for Length, which is size, Lost, which is lost, and Rights, which are changed under sizeMu and recordMu
 	lost    atomic.Bool  // the file behind it lost writes: see vnode.Options
 	rights  int          // guarded by objects.mu; handles and mappings
+	lesser  []*right     // guarded by objects.mu; ports that give less than the full right
 
 	sizeMu   sync.Mutex // held by who changes size
 	recordMu sync.Mutex // held while the guardian is told: the last to be told is how it is
@@ -36,14 +37,12 @@ type object struct {
 
 // objects are all objects that somebody has a right to.
 type objects struct {
-	mu sync.Mutex
-	// byPort is an ordinary map: to find a port by the time that a look-up takes one would have to guess the hash of 128 random bits, with a seed
-	// that is random too.
-	byPort map[emm.Port]*object // guarded by mu
-	byID   map[uint64]*object   // guarded by mu; by number in the vm
+	mu     sync.Mutex
+	byPort map[digest]named   // guarded by mu
+	byID   map[uint64]*object // guarded by mu; by number in the vm
 }
 
-func (t *objects) init() { t.byPort, t.byID = map[emm.Port]*object{}, map[uint64]*object{} }
+func (t *objects) init() { t.byPort, t.byID = map[digest]named{}, map[uint64]*object{} }
 
 // add makes the first right.
 func (t *objects) add(o *object) {
@@ -52,7 +51,7 @@ func (t *objects) add(o *object) {
 	o.rights++
 	t.byID[o.vm.ID()] = o
 	if !o.port.IsNull() {
-		t.byPort[o.port] = o
+		t.name(o.port, o, nil)
 	}
 }
 
@@ -64,15 +63,15 @@ func (t *objects) unowned(o *object) bool {
 }
 
 // open makes a right of a port.
-func (t *objects) open(p emm.Port) (*object, error) {
+func (t *objects) open(p emm.Port) (*object, *right, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	o := t.byPort[p]
-	if o == nil {
-		return nil, fmt.Errorf("open object: no object has this port, any more or ever: %w", emm.InvalidArgument)
+	n, ok := t.find(p)
+	if !ok {
+		return nil, nil, fmt.Errorf("open object: no object has this port, any more or ever: %w", emm.InvalidArgument)
 	}
-	o.rights++
-	return o, nil
+	n.object.rights++
+	return n.object, n.right, nil
 }
 
 // retain makes one more right for somebody who has one.
@@ -90,7 +89,7 @@ func (t *objects) release(o *object) bool {
 		return false
 	}
 	delete(t.byID, o.vm.ID())
-	delete(t.byPort, o.port)
+	t.forget(o)
 	return true
 }
 

@@ -66,6 +66,10 @@ func (s *session) handle(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 		return empty(m, func(q ipc.ObjectSetSize) error { return s.setSize(ctx, q) })
 	case ipc.TypeObjectSnapshot:
 		return s.snapshot(ctx, m)
+	case ipc.TypeObjectRight:
+		return s.makeRight(m)
+	case ipc.TypeObjectRevoke:
+		return ipc.Reply{}, s.revoke(ctx, m)
 	case ipc.TypeSetResident:
 		return empty(m, func(q ipc.SetResident) error { return s.setResident(ctx, q) })
 	case ipc.TypeBackingStoreCreate:
@@ -167,16 +171,20 @@ func (s *session) open(m *ipc.Message) (ipc.Reply, error) {
 	if err := s.roomForHandle(); err != nil {
 		return ipc.Reply{}, fmt.Errorf("open object: %w", err)
 	}
-	o, err := s.d.objects.open(q.Port)
+	o, r, err := s.d.objects.open(q.Port)
 	if err != nil {
 		return ipc.Reply{}, err
 	}
-	return s.handOut(o, m.Seq)
+	h, err := s.addHandle(o, r, m.Seq)
+	if err != nil {
+		return ipc.Reply{}, err
+	}
+	return s.tell(h, o), nil
 }
 
 // handOut gives the task a handle for a right that was made for it, by the request seq.
 func (s *session) handOut(o *object, seq uint32) (ipc.Reply, error) {
-	h, err := s.addHandle(o, seq)
+	h, err := s.addHandle(o, nil, seq)
 	if err != nil {
 		return ipc.Reply{}, err
 	}
@@ -185,7 +193,11 @@ func (s *session) handOut(o *object, seq uint32) (ipc.Reply, error) {
 
 // tell is what a task is told of a handle.
 func (s *session) tell(h uint64, o *object) ipc.Reply {
-	return ipc.Reply{Body: ipc.ObjectReply{Handle: h, Size: o.size.Load(), Port: o.port, PageSize: uint32(o.vm.PageSize())}}
+	port := o.port
+	if r := s.by(h); r != nil {
+		port = r.port
+	}
+	return ipc.Reply{Body: ipc.ObjectReply{Handle: h, Size: o.size.Load(), Port: port, PageSize: uint32(o.vm.PageSize())}}
 }
 
 // listMost is how many objects one reply lists.

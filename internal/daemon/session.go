@@ -45,6 +45,7 @@ type session struct {
 	task     *vm.Task            // guarded by mu; nil: none yet
 	fd       *uffd.FD            // guarded by mu; the task's, and the vm's to close
 	handles  map[uint64]*object  // guarded by mu
+	rights   map[uint64]*right   // guarded by mu; of handles that give less than the full right
 	mappings map[uint64]*mapping // guarded by mu; by the number that the task knows
 }
 
@@ -58,6 +59,7 @@ type mapping struct {
 	session uint64      // immutable
 	seq     uint32      // immutable; of the request that made it
 	object  *object     // immutable
+	right   *right      // immutable; that it was made by; nil: the full one
 	wires   wires
 
 	mu      sync.Mutex
@@ -79,7 +81,7 @@ func (d *Daemon) serve(ctx context.Context, uc *net.UnixConn, own bool, restarte
 		uc.Close()
 		return
 	}
-	s := &session{d: d, id: d.lastID.Add(1), own: own, uc: uc, handles: map[uint64]*object{}, mappings: map[uint64]*mapping{}}
+	s := &session{d: d, id: d.lastID.Add(1), own: own, uc: uc, handles: map[uint64]*object{}, rights: map[uint64]*right{}, mappings: map[uint64]*mapping{}}
 	if s.peer, err = conn.Peer(); err != nil {
 		conn.Close()
 		d.log.Warn("task refused: nobody knows who it is", "err", err)
@@ -224,11 +226,15 @@ func (s *session) roomForHandle() error {
 	return room("handles of this connection", len(s.handles), s.d.limits.handles)
 }
 
-// addHandle makes a number for a right, by the request seq. On an error the right is given up.
-func (s *session) addHandle(o *object, seq uint32) (uint64, error) {
+// addHandle makes a number for a right, by the request seq; r is nil for the full right. On an error the right is given up.
+func (s *session) addHandle(o *object, r *right, seq uint32) (uint64, error) {
 	h, err := s.d.number()
 	if err == nil {
-		err = s.d.hold(guardian.Item{Kind: ipc.ItemHandle, ID: h, Parent: s.id, A: o.vm.ID(), B: uint64(seq)})
+		i := guardian.Item{Kind: ipc.ItemHandle, ID: h, Parent: s.id, A: o.vm.ID(), B: uint64(seq)}
+		if r != nil {
+			i.Tail = []byte(r.port.String())
+		}
+		err = s.d.hold(i)
 	}
 	if err != nil {
 		s.d.release(o)
@@ -238,6 +244,9 @@ func (s *session) addHandle(o *object, seq uint32) (uint64, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.handles[h] = o
+	if r != nil {
+		s.rights[h] = r
+	}
 	return h, nil
 }
 
@@ -263,6 +272,9 @@ func (s *session) object(handle uint64) (*object, error) {
 	if o == nil {
 		return nil, fmt.Errorf("this connection has no handle %d: %w", handle, emm.InvalidName)
 	}
+	if err := s.rights[handle].allows(0); err != nil {
+		return nil, err
+	}
 	s.d.objects.retain(o)
 	return o, nil
 }
@@ -272,6 +284,7 @@ func (s *session) closeHandle(handle uint64, resent bool) error {
 	s.mu.Lock()
 	o := s.handles[handle]
 	delete(s.handles, handle)
+	delete(s.rights, handle)
 	s.mu.Unlock()
 	if o == nil && resent {
 		return nil
@@ -292,7 +305,7 @@ func (s *session) newMapping(q ipc.Map, seq uint32) (*mapping, *os.File, error) 
 		return nil, nil, fmt.Errorf("map object: %w", err)
 	}
 	s.mu.Lock()
-	task, mappings := s.task, len(s.mappings)
+	task, mappings, by := s.task, len(s.mappings), s.rights[q.Handle]
 	s.mu.Unlock()
 	ps := int64(o.vm.PageSize())
 	switch {
@@ -309,9 +322,15 @@ func (s *session) newMapping(q ipc.Map, seq uint32) (*mapping, *os.File, error) 
 	if err == nil && q.Flags&ipc.MapReadOnly == 0 && o.readOnly() {
 		err = fmt.Errorf("map object: what is behind it can only be read: map it read-only (MapOptions.ReadOnly): %w", emm.ProtectionFailure)
 	}
+	if denied := by.allows(ipc.RightReadOnly); err == nil && denied != nil && q.Flags&ipc.MapReadOnly == 0 {
+		err = fmt.Errorf("map object: %w", denied)
+	}
 	var f *os.File
 	// The right that object made is the mapping's.
-	m := &mapping{object: o, session: s.id, seq: seq, record: mappingRecord{Offset: q.Offset, Size: q.Size, ReadOnly: q.Flags&ipc.MapReadOnly != 0}}
+	m := &mapping{object: o, right: by, session: s.id, seq: seq, record: mappingRecord{Offset: q.Offset, Size: q.Size, ReadOnly: q.Flags&ipc.MapReadOnly != 0}}
+	if by != nil {
+		m.record.Right = by.port.String()
+	}
 	if err == nil {
 		m.id, err = s.d.number()
 	}
@@ -339,6 +358,9 @@ func (s *session) addMapping(m *mapping) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.mappings[m.id] = m
+	if m.right.allows(0) != nil {
+		m.vm.Close() // taken back meanwhile
+	}
 }
 
 // madeMapping is what a Map that came again had made when it came first, with the file once more; nil: nothing that is left.

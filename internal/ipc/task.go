@@ -96,6 +96,28 @@ type ObjectEntry struct {
 	Mappings uint32
 }
 
+// ObjectRight makes a port that gives less than the handle does. Reply: ObjectRightReply.
+type ObjectRight struct {
+	Handle uint64
+	Flags  uint32 // RightReadOnly, RightNoResize: at least one
+	Pad    uint32
+}
+
+// What a right does not give.
+const (
+	RightReadOnly uint32 = 1 << 0 // mappings are read-only, and so is the file that comes with them; nor can the size be changed
+	RightNoResize uint32 = 1 << 1 // ObjectSetSize is refused
+)
+
+// ObjectRightReply answers ObjectRight.
+type ObjectRightReply struct{ Port [16]byte }
+
+// ObjectRevoke takes back what ObjectRight made; the handle must give the full right. Reply: Empty, when no mapping that was made by it has a page left.
+type ObjectRevoke struct {
+	Handle uint64
+	Port   [16]byte
+}
+
 // MaxPages is how many page states one ObjectPages can carry.
 const MaxPages = MaxBody - 256
 

@@ -38,6 +38,9 @@ const (
 	TypeBackingStoreDelete
 	TypeBackingStoreInfo
 
+	TypeObjectRight  Type = 40
+	TypeObjectRevoke Type = 41
+
 	TypeUpgrade Type = 48
 	TypeDump    Type = 49
 	TypeCheck   Type = 50
@@ -124,6 +127,8 @@ var specs = map[Type]spec{
 	TypeObjectSetSize:      {name: "ObjectSetSize", request: Shape{Fixed: ObjectSetSize{}}, reply: Shape{Fixed: Empty{}}},
 	TypeSetResident:        {name: "SetResident", request: Shape{Fixed: SetResident{}}, reply: Shape{Fixed: Empty{}}},
 	TypeObjectSnapshot:     {name: "ObjectSnapshot", request: Shape{Fixed: ObjectSnapshot{}}, reply: Shape{Fixed: ObjectReply{}}},
+	TypeObjectRight:        {name: "ObjectRight", request: Shape{Fixed: ObjectRight{}}, reply: Shape{Fixed: ObjectRightReply{}}},
+	TypeObjectRevoke:       {name: "ObjectRevoke", request: Shape{Fixed: ObjectRevoke{}}, reply: Shape{Fixed: Empty{}}},
 	TypeBackingStoreCreate: {name: "BackingStoreCreate", request: Shape{Fixed: BackingStoreCreate{}, Tail: TailText, MinFDs: 1, MaxFDs: 1, Kind: KindFile}, reply: Shape{Fixed: BackingStore{}}},
 	TypeBackingStoreDelete: {name: "BackingStoreDelete", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: Empty{}}},
 	TypeBackingStoreInfo:   {name: "BackingStoreInfo", request: Shape{Fixed: BackingStore{}}, reply: Shape{Fixed: BackingStoreInfoReply{}, Tail: TailText}},
