@@ -35,7 +35,7 @@
 //
 //	object.snapshots (one snapshot of an object at a time)
 //	  Pager.mu (which objects there are)
-//	    object.mu (page map, requests and returns in progress)
+//	    object.mu (page map, requests and returns in progress; that of a snapshot being made after that of its source)
 //	      shares.mu
 //	      the store's own
 //

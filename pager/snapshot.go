@@ -53,7 +53,9 @@ func (p *Pager) snapshot(source, port emm.Port) error {
 		p.mu.Unlock()
 	}
 	if err != nil {
+		c.mu.Lock()
 		c.gone, c.released = true, true // nobody else has it
+		c.mu.Unlock()
 		c.release()
 		return err
 	}
@@ -76,7 +78,10 @@ func (o *object) copyTo(c *object) error {
 	for len(c.words) < len(o.words) {
 		pages := int64(len(o.words))
 		o.mu.Unlock()
-		if err := c.reach(pages); err != nil {
+		c.mu.Lock()
+		err := c.reach(pages)
+		c.mu.Unlock()
+		if err != nil {
 			return err
 		}
 		o.mu.Lock()
@@ -98,7 +103,8 @@ func (o *object) copyTo(c *object) error {
 	return nil
 }
 
-// save copies a chunk of the map to the snapshot that is being made, once. Called with mu.
+// save copies a chunk of the map to the snapshot that is being made, once. Called with mu; it takes that of the snapshot, which nobody has but who looks
+// at all objects, one at a time.
 func (o *object) save(chunk int) {
 	s := o.copying
 	if chunk >= len(s.saved) || s.saved[chunk] {
@@ -108,6 +114,8 @@ func (o *object) save(chunk int) {
 	if o.counts[chunk] == 0 {
 		return
 	}
+	s.to.mu.Lock()
+	defer s.to.mu.Unlock()
 	from, to := o.chunk(chunk), s.to.chunk(chunk)
 	o.p.shares.add(from)
 	for i := range from {

@@ -29,7 +29,7 @@ func TestHungManagerHoldsNoFrames(t *testing.T) {
 	for off := int64(0); off < hung.Size(); off += 65536 {
 		x.write(1, off, fillBytes(65536, 1))
 	}
-	s.hold = true
+	s.hold.Store(true)
 	ends(t, 20*time.Second, "a task whose manager works", func() {
 		for off := int64(0); off < other.Size(); off += 65536 {
 			if !y.write(1, off, fillBytes(65536, 2)) {
@@ -47,7 +47,7 @@ func TestHungManagerHoldsNoFrames(t *testing.T) {
 	if n := v.inflight.Load(); n < 0 {
 		t.Errorf("%d frames in flight", n)
 	}
-	s.hold = false
+	s.hold.Store(false)
 }
 
 // A manager that stores nothing slows nobody whose manager does: what rests is its objects' alone.
@@ -279,10 +279,11 @@ func TestEndPatience(t *testing.T) {
 		o := newObject(t, v, ObjectOptions{Size: 1 << 20, Manager: s, Port: emm.NewPort()})
 		x.mapObject(o, id, 0, o.Size(), false)
 		x.write(id, 0, []byte("dirty"))
-		s.hold = true
+		s.hold.Store(true)
 		hung = append(hung, s)
 	}
-	slow := &holder{held: make(chan func(), 64), hold: true}
+	slow := &holder{held: make(chan func(), 64)}
+	slow.hold.Store(true)
 	o := newObject(t, v, ObjectOptions{Size: 256 * 4096, Manager: slow, Port: emm.NewPort()})
 	m := x.mapObject(o, 20, 0, o.Size(), false)
 	for p := int64(0); p < 256; p += 16 {

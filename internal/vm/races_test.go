@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,11 +28,11 @@ func ends(t *testing.T, d time.Duration, what string, fn func()) {
 type holder struct {
 	shelf
 	held chan func() // a completion each
-	hold bool
+	hold atomic.Bool
 }
 
 func (s *holder) DataReturn(h emm.Head, off int64, data []byte, dirty, kernelCopy bool) emm.KernReturn {
-	if !s.hold {
+	if !s.hold.Load() {
 		return s.shelf.DataReturn(h, off, data, dirty, kernelCopy)
 	}
 	s.mu.Lock()
@@ -122,7 +123,7 @@ func TestMovedWhileCleaned(t *testing.T) {
 	x.mapObject(o, 1, 0, o.Size(), false)
 	y.mapObject(o, 1, 0, o.Size(), false)
 	x.write(1, 0, []byte("before"))
-	s.hold = true
+	s.hold.Store(true)
 	x.Task.drainMu.Lock() // so that the event stays unread
 	moved := make(chan struct{})
 	go func() { x.do(order{Op: "remap", ID: 1, Off: 0, N: 65536}, nil); close(moved) }()
@@ -136,7 +137,7 @@ func TestMovedWhileCleaned(t *testing.T) {
 	wrote := make(chan struct{})
 	go func() { x.write(101, 0, []byte("after!")); close(wrote) }()
 	time.Sleep(50 * time.Millisecond)
-	s.hold = false
+	s.hold.Store(false)
 	complete()
 	if err := <-out; err != nil {
 		t.Fatal(err)
@@ -226,7 +227,7 @@ func TestTerminateWhileReturning(t *testing.T) {
 	for p := range int64(4) {
 		x.write(1, p*4096, []byte("x"))
 	}
-	s.hold = true
+	s.hold.Store(true)
 	all := int64(16 << 20 / 4096)
 	v.wanted.Add(all)
 	v.kickNow()
