@@ -34,7 +34,7 @@ const (
 )
 
 // Check reads every stored page back, which checks its checksum, and holds the page maps against each other and against the store's count of slots: no slot is used
-// twice, but for pages that snapshots share, and none is used by nobody. It goes on beside everything else, behind what somebody waits for. problem is called for each
+// twice, but for pages that snapshots share, and none is used by nobody. A store that is a store.Checker is asked, too. It goes on beside everything else, behind what somebody waits for. problem is called for each
 // broken invariant, on the caller's goroutine. ctx ends it early.
 func (p *Pager) Check(ctx context.Context, problem func(Problem)) (c Checked, err error) {
 	for _, o := range p.live() {
@@ -48,6 +48,15 @@ func (p *Pager) Check(ctx context.Context, problem func(Problem)) (c Checked, er
 	}
 	if err := p.checkUsed(ctx, &c, problem); err != nil {
 		return c, fmt.Errorf("count slots: %w", err)
+	}
+	if s, ok := p.store.(store.Checker); ok {
+		compared, err := s.Check(ctx, func(what string) { problem(Problem{-1, -1, what}) })
+		if err != nil {
+			return c, fmt.Errorf("check store: %w", err)
+		}
+		if !compared {
+			c.Uncounted++
+		}
 	}
 	return c, nil
 }
