@@ -66,7 +66,8 @@ type Options struct {
 	// Listener is a listening socket that somebody else has made: given to every pager as fd 4, in the place of Client, of which there is none then. Stays the
 	// caller's. nil: none.
 	Listener *os.File
-	// Restarts is how many deaths in a row, each within Settled of its start, are answered with a new pager. 0: none, the first death is the end.
+	// Restarts is how many deaths in a row, each within Settled of its start or before it served, are answered with a new pager. 0: none, the first
+	// death is the end.
 	Restarts int
 	// Settled is how long a pager that served must have lived for its death to be the first in a row again; 0: 10 s.
 	Settled time.Duration
