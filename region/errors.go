@@ -15,7 +15,7 @@ import (
 )
 
 var (
-	// ErrPagerGone says that the pager process ended, was killed, or cut this task off. What was not resident is lost.
+	// ErrPagerGone says that the pager process ended or was killed, and no other took its place, or that it cut this task off. What was not resident is lost.
 	ErrPagerGone = errors.New("the pager is gone (what was not resident is lost; close this Pager, and start or dial another)")
 	// ErrClosed is what calls on a closed Pager, Object or Region fail with. It is an fs.ErrClosed (os.ErrClosed) too.
 	ErrClosed = fmt.Errorf("region: %w", fs.ErrClosed)

@@ -57,7 +57,8 @@ func (r *Region) Unwire(ctx context.Context, off, n int64) error {
 
 // Discard throws away the contents of the whole pages inside a range, for every task that maps the object: they read as zeros again, and what the manager has
 // stored of them is freed. Bytes, rounded inward to pages; for an object over a file the file has zeros there. Wired pages are emm.InvalidArgument, a read-only
-// Region emm.ProtectionFailure. Where the manager cannot forget, the pages keep their contents, and Discard says so.
+// Region emm.ProtectionFailure. Where the manager cannot forget, the pages keep their contents, and Discard says so. What others write to the range before Discard
+// returns may be thrown away, even if they have seen zeros there: a pager that dies meanwhile leaves it to the next one to begin anew.
 func (r *Region) Discard(ctx context.Context, off, n int64) error {
 	if _, _, err := r.pages("discard", off, n); err != nil {
 		return err

@@ -21,7 +21,8 @@
 // A page whose contents cannot be had ends a touch with SIGBUS and a system call with EFAULT. ReadAt and WriteAt return a *[FaultError] then; so does [Guard]
 // for plain touches. Outside Guard it ends the program. The next touch asks the pager again.
 //
-// When the pager process is gone, every page that is not resident becomes such a page, and every call fails with [ErrPagerGone]; resident pages keep
+// When the pager process dies, its guardian starts another, which goes on: threads in faults and calls under way wait for it, and end as they would have. Advice is
+// forgotten, and a Discard may be done twice: see there. When the pager is gone for good, every page that is not resident becomes such a page, and every call fails with [ErrPagerGone]; resident pages keep
 // their contents. The pager's guardian does that from outside, for it must work even while this program's Go runtime stands still; this
 // package does it a second time.
 //

@@ -222,7 +222,8 @@ func (d *Daemon) adoptObject(in *inheritance, i *guardian.Item) error {
 	return nil
 }
 
-// reopenManager makes the manager of an object once more. One that cannot be made leaves an object whose every touch is an error.
+// reopenManager makes the manager of an object once more. One that cannot be made, or may have forgotten what it was given, leaves an object whose every touch is an
+// error: never zeros in place of data.
 func (d *Daemon) reopenManager(in *inheritance, id uint64, o *object) emm.Manager {
 	r := o.record
 	o.lost.Store(r.Lost)
@@ -233,7 +234,11 @@ func (d *Daemon) reopenManager(in *inheritance, id uint64, o *object) emm.Manage
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
 	defer cancel()
-	m, err := d.openManager(ctx, s, o)
+	var m emm.Manager
+	err := fmt.Errorf("it does not say that it remembers (Manager.Reopen): %w", emm.MemoryFailure)
+	if own := d.managers[r.Manager]; own == nil || own.Reopen {
+		m, err = d.openManager(ctx, s, o)
+	}
 	if err != nil {
 		d.log.Error("a memory manager cannot be opened again: its object is lost", "manager", r.Manager, "object", id, "err", err)
 		if s.file != nil {

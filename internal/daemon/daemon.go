@@ -82,6 +82,9 @@ type Manager struct {
 	// then. It may take its time; the manager's methods may not. A manager that is an io.Closer is closed after its Terminate. One with a method
 	// MaxProtection() emm.Prot that lacks emm.ProtWrite has objects that can only be mapped read-only. Package vnode makes managers.
 	Open func(ctx context.Context, arg string, file *os.File) (emm.Manager, error)
+	// Reopen says that what its objects contain outlives the process: when the pager has died, Open is called again in the next one for each of them, with the same
+	// argument and file, and the manager has what was returned to it. false: such an object is lost with the pager; every touch of it is an error.
+	Reopen bool
 }
 
 // Options for Run. Guardian is needed.

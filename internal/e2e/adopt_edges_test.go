@@ -19,6 +19,7 @@ import (
 func init() {
 	tasks["mover"] = mover
 	tasks["bereaved"] = bereaved
+	tasks["remembers"] = remembers
 }
 
 // mover moves a part of its memory with mremap(2), which it should not, and has its pager killed: the part is served where it is.
@@ -163,3 +164,37 @@ func TestKeepsDying(t *testing.T) {
 	}
 	k.wait()
 }
+
+// remembers has objects of two managers, of which one says that it remembers, and its pager killed.
+func remembers(*conn) error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	p, err := startPager(ctx, spawn.Options{Resident: 1 << 20, Restarts: restarts, Confine: "never"})
+	if err != nil {
+		return err
+	}
+	var regions []*region.Region
+	for _, name := range []string{"steady", "faulty"} {
+		r, err := p.Allocate(ctx, 64<<10, &region.AllocateOptions{ObjectOptions: region.ObjectOptions{Manager: name, Arg: modeOK}})
+		if err != nil {
+			return err
+		}
+		if err := check(r.Bytes()[:32<<10], 0, 0); err != nil {
+			return err
+		}
+		regions = append(regions, r)
+	}
+	if _, err := killPager(ctx, p); err != nil {
+		return err
+	}
+	if err := check(regions[0].Bytes(), 0, 0); err != nil {
+		return fmt.Errorf("of a manager that remembers: %w", err)
+	}
+	err = region.Guard(func() error { return check(regions[1].Bytes()[32<<10:], 32<<10, 0) })
+	if fe := (*region.FaultError)(nil); !errors.As(err, &fe) {
+		return fmt.Errorf("of a manager that does not remember: %w", err)
+	}
+	return firstOf(regions[0].Close(), regions[1].Close(), p.Close())
+}
+
+func TestManagerRemembers(t *testing.T) { run(t, "remembers", nil, nil, nil) }

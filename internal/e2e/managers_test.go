@@ -16,6 +16,7 @@ import (
 func managers() []spawn.Manager {
 	return []spawn.Manager{
 		{Name: "faulty", Open: func(_ context.Context, arg string, _ *os.File) (emm.Manager, error) { return &faulty{mode: arg}, nil }},
+		{Name: "steady", Reopen: true, Open: func(context.Context, string, *os.File) (emm.Manager, error) { return &faulty{mode: modeOK}, nil }},
 		{Name: "badstore", Open: openBadStore},
 		{Name: "moody", Open: openMoody},
 		{Name: "opener", Open: opener},

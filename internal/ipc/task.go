@@ -36,7 +36,7 @@ const (
 // HelloReply answers Hello. Tail: what the pager's privilege tier is and means, as text. fds: an open /dev/userfaultfd, if the pager
 // hands it out and HelloWantDevice was set.
 type HelloReply struct {
-	Session     uint64 // number of this connection, unique for the pager's life
+	Session     uint64 // number of this connection, unique while the connection lives
 	Features    uint64 // userfaultfd features the task must enable
 	PagerPID    int32
 	GuardianPID int32  // 0: the pager has no guardian

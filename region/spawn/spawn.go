@@ -13,6 +13,9 @@
 // The children have a process group of their own, ignore SIGINT, SIGTERM and SIGHUP, and do not get GO* variables (but GORACE, which only the race
 // detector reads). They end when this program ends, or calls [region.Pager.Close]: the end of their socket is the sign. The death of a thread of this
 // program, or of the goroutine that called Start, is none.
+//
+// A pager that dies is followed by another, which goes on with all that there is: see Options.Restarts and package region. Objects of the program's own memory managers
+// are lost with it, unless the manager says that it remembers: see Manager.
 package spawn
 
 import (
