@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"time"
 )
 
 // shortReturn is the size of a short buffer, in bytes. Dirty victims are few in a row: were an extent lent for each, a store that takes its time would leave nothing to
@@ -19,7 +20,7 @@ type bufferPool struct {
 	limit int // immutable; bytes
 
 	mu     sync.Mutex
-	left   int           // guarded by mu; bytes that may be lent
+	left   int           // guarded by mu; bytes that may be lent; below 0: so many were lent beyond the limit
 	mapped int           // guarded by mu; bytes of all there are, lent or free
 	more   chan struct{} // guarded by mu; closed when one comes back; nil: nobody waits
 	short  [][]byte      // guarded by mu; free
@@ -57,6 +58,24 @@ func (p *bufferPool) get(ctx context.Context, n int, to *loan) ([]byte, error) {
 			return nil, context.Cause(ctx)
 		}
 	}
+}
+
+// getAnyway lends a large buffer to an object that ends, whose contents must not depend on what the managers of others leave undone: if none has come back after wait, and
+// the object has none, it gets one beyond the limit.
+func (p *bufferPool) getAnyway(ctx context.Context, wait time.Duration, to *loan) ([]byte, error) {
+	short, cancel := context.WithTimeout(ctx, wait)
+	b, err := p.get(short, p.size, to)
+	cancel()
+	if err == nil || ctx.Err() != nil {
+		return b, err
+	}
+	p.mu.Lock()
+	if to.n == 0 {
+		defer p.mu.Unlock()
+		return p.lend(p.size, to)
+	}
+	p.mu.Unlock()
+	return p.get(ctx, p.size, to)
 }
 
 // tryGet is get for who may not wait.

@@ -303,7 +303,14 @@ func TestEndPatience(t *testing.T) {
 		t.Errorf("a slow manager was given %d pages of 16", len(slow.pages))
 	}
 	slow.mu.Unlock()
+	well := &shelf{}
+	o = newObject(t, v, ObjectOptions{Size: 4096, Manager: well, Port: emm.NewPort()})
+	x.mapObject(o, 21, 0, o.Size(), false)
+	x.write(21, 0, []byte("dirty"))
 	ends(t, 5*time.Second, "Close", v.Close) // one after the other they would take 6
+	if b := well.pages[0]; !bytes.HasPrefix(b, []byte("dirty")) {
+		t.Error("a manager that works was not given what is its, because others keep all buffers")
+	}
 	for _, s := range hung {
 		for len(s.held) > 0 {
 			(<-s.held)()

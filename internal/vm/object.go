@@ -343,7 +343,7 @@ func (o *Object) Terminate() {
 	o.answerAll(emm.MemoryError)                                         // nobody is left to wait for them
 	if !o.temporary() && !o.control.destroyed.Load() && o.gate.enter() { // otherwise contents die with the object
 		ctx, cancel := o.patience()
-		err := o.lockPages(ctx, 0, o.npages(), emm.ReturnAll, true) // nobody maps it, so also while adopting
+		err := o.lockPages(ctx, 0, o.npages(), emm.ReturnAll, true, &lockOp{ending: true}) // nobody maps it, so also while adopting
 		cancel()
 		o.gate.leave()
 		if err != nil {

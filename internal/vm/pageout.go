@@ -18,6 +18,7 @@ import (
 // lockOp is a lock request under way: it ends when every return it began was completed.
 type lockOp struct {
 	victims bool   // immutable; of the page-out daemon: nobody waits, the policy has forgotten the pages
+	ending  bool   // immutable; the object ends
 	own     bool   // immutable; of the page-out daemon, for room under the object's maximum: nobody waits
 	buf     []byte // the beginner's alone: what the next return goes into; nil: none was taken yet
 	wg      sync.WaitGroup
@@ -72,12 +73,11 @@ func (o *Object) lockRange(ctx context.Context, a, b int64, ret emm.Return, flus
 	if err := o.vm.live(ctx); err != nil {
 		return fmt.Errorf("page out: %w", err)
 	}
-	return o.lockPages(ctx, a, b, ret, flush)
+	return o.lockPages(ctx, a, b, ret, flush, &lockOp{})
 }
 
 // lockPages is lockRange for who knows that all mappings are known.
-func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flush bool) error {
-	op := &lockOp{}
+func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flush bool, op *lockOp) error {
 	limit := int64(o.vm.bufs.size) >> o.shift
 	walk := touched{o: o}
 	returns := func(p int64) bool { return ret != emm.ReturnNone && (o.mustReturn(p) || ret == emm.ReturnAnything) }
@@ -89,7 +89,12 @@ func (o *Object) lockPages(ctx context.Context, a, b int64, ret emm.Return, flus
 			back := returns(p)
 			if back && op.buf == nil {
 				var err error
-				if op.buf, err = o.vm.bufs.get(ctx, o.vm.bufs.size, &o.lent); err != nil { // before anybody's page is taken
+				if op.ending {
+					op.buf, err = o.vm.bufs.getAnyway(ctx, o.vm.endPatience/4, &o.lent)
+				} else {
+					op.buf, err = o.vm.bufs.get(ctx, o.vm.bufs.size, &o.lent) // before anybody's page is taken
+				}
+				if err != nil {
 					return fmt.Errorf("page out: wait for a buffer: %w", err)
 				}
 			}
