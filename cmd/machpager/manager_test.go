@@ -189,7 +189,6 @@ func TestServiceWatchdog(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.Close()
-	time.Sleep(2 * time.Second) // it is not ended while it answers
 	if err := unix.Kill(info.PagerPID, unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
