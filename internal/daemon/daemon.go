@@ -208,7 +208,10 @@ func Run(o Options) error {
 	go func() {
 		select {
 		case <-d.guardian.Done():
-			d.log.Error("the guardian is gone: no new mappings; a crash of this pager would now leave threads waiting")
+			d.log.Error("the guardian is gone: no new tasks, and the end when those that are there have left; a crash of this pager would now leave threads waiting")
+			if o.Client == nil { // else it ends with its client, as ever
+				d.drain()
+			}
 		case <-ctx.Done():
 		}
 	}()
