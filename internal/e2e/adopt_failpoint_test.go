@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"machpager/pager/emm"
 	"machpager/region"
 )
 
@@ -67,6 +68,24 @@ func stepper(c *conn) error {
 	if !bytes.Equal(r.Bytes()[32*page:], make([]byte, size-32*page)) {
 		return errors.New("an object that grew again is not zeros there")
 	}
+	port, err := o.Right(ctx, &region.RightOptions{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	lesser, err := p.ObjectOpen(ctx, port)
+	if err != nil {
+		return err
+	}
+	if got, err := readObject(ctx, lesser, 8*page, page); firstOf(err, check(got, 8*page, 1)) != nil {
+		return fmt.Errorf("by a lesser right: %w", firstOf(err, check(got, 8*page, 1)))
+	}
+	if err := o.Revoke(ctx, port); err != nil {
+		return err
+	}
+	if _, err := p.ObjectOpen(ctx, port); !errors.Is(err, emm.InvalidArgument) {
+		return fmt.Errorf("open by a right that was taken back: %v", err)
+	}
+	lesser.Close()
 	private, err := p.Allocate(ctx, size, nil)
 	if err != nil {
 		return err
