@@ -156,7 +156,7 @@ func (f *fake) handle(ctx context.Context, r *ipc.Message) (ipc.Reply, error) {
 	case ipc.TypeInfo:
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		tail, err := ipc.AppendStrings(nil, "memfd", "a fake, as root", "6.18", "v0", "none")
+		tail, err := ipc.AppendStrings(nil, "memfd", "a fake, as root", "6.18", "v0", "none", "none")
 		return ipc.Reply{Body: ipc.InfoReply{MinPageSize: 4096, Tier: 'A', Objects: uint32(len(f.objects)), Mappings: uint32(len(f.mappings)), KernelResident: -1, Budget: f.maps,
 			PagerPID: int32(os.Getpid())}, Tail: tail}, err
 	}

@@ -109,6 +109,7 @@ type Info struct {
 	Kernel         string `json:"kernel"`       // release
 	Version        string `json:"version"`      // of the pager
 	Confinement    string `json:"confinement"`  // what the pager has given up, or why it has not
+	Quotas         string `json:"quotas"`       // what users and tasks may have
 }
 
 // Objects lists the objects of the pager (default_pager_objects). Objects that come or go meanwhile may be missed.
@@ -151,7 +152,7 @@ func (p *Pager) Info(ctx context.Context) (Info, error) {
 	r, tail, err := ipc.Decode[ipc.InfoReply](m.Body)
 	var text []string
 	if err == nil {
-		text, err = ipc.DecodeStrings(tail, 5)
+		text, err = ipc.DecodeStrings(tail, 6)
 	}
 	if err != nil {
 		return Info{}, p.failed("read pager info", err)
@@ -160,6 +161,6 @@ func (p *Pager) Info(ctx context.Context) (Info, error) {
 		MinPageSize: int(r.MinPageSize), MaxPageSize: int(r.MaxPageSize), Budget: r.Budget, Resident: r.Resident, KernelResident: r.KernelResident,
 		PagingTotal: r.PagingTotal, PagingFree: r.PagingFree, Tasks: int(r.Tasks), Objects: int(r.Objects), Mappings: int(r.Mappings),
 		Frames: text[0], Tier: string(rune(r.Tier)), TierText: text[1], PagerPID: int(r.PagerPID), GuardianPID: int(r.GuardianPID),
-		Kernel: text[2], Version: text[3], Confinement: text[4],
+		Kernel: text[2], Version: text[3], Confinement: text[4], Quotas: text[5],
 	}, nil
 }

@@ -97,6 +97,7 @@ func writeInfo(w io.Writer, i region.Info) error {
 	row("linux", i.Kernel)
 	row("tier", i.Tier+": "+i.TierText)
 	row("confinement", i.Confinement)
+	row("quotas", i.Quotas)
 	row("pager", i.PagerPID)
 	row("guardian", i.GuardianPID)
 	row("frames", i.Frames)

@@ -80,7 +80,7 @@ func TestScripts(t *testing.T) {
 func TestTables(t *testing.T) {
 	info := region.Info{MinPageSize: 4096, MaxPageSize: 2 << 20, Budget: 1 << 30, Resident: 12 << 20, KernelResident: 12<<20 + 4096, PagingTotal: -1, PagingFree: -1,
 		Tasks: 3, Objects: 2, Mappings: 5, Frames: "tmpfs", Tier: "A", TierText: "privileged: everything", PagerPID: 4242, GuardianPID: 4241, Kernel: "6.18.0", Version: "0.1",
-		Confinement: "no capabilities"}
+		Confinement: "no capabilities", Quotas: "user: 3 connections"}
 	objects := []region.ObjectInfo{
 		{ID: 1, Size: 1, PageSize: 4096},
 		{ID: 12, Size: 64 << 30, PageSize: 4096, Resident: 12 << 20, Stored: 100 << 20, Mappings: 4},

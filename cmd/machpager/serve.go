@@ -22,7 +22,7 @@ const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
 func newServe() *cobra.Command {
 	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreTiered}}
-	resident, compressed, capacity := size(0), size(0), size(0)
+	resident, compressed, capacity, userSpace, taskMapped := size(0), size(0), size(0), size(0), size(0)
 	var grace time.Duration
 	c := &cobra.Command{
 		Use:   "serve",
@@ -47,6 +47,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 				return err
 			}
 			o.Resident, o.Compressed, o.Capacity, o.Grace = int64(resident), int64(compressed), int64(capacity), grace
+			o.Quotas.UserSpace, o.Quotas.TaskMapped = int64(userSpace), int64(taskMapped)
 			if err := o.Check(); err != nil {
 				return usageError{fmt.Errorf("%w (see machpager serve --help)", err)}
 			}
@@ -68,6 +69,11 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 	f.Var(&capacity, "capacity", "paging space (default what there is)")
 	f.StringVar(&o.Group, "group", "", "name or number of a group that may use the socket: its mode is 0660 then, else 0600")
 	f.StringVar(&o.Confine, "confine", daemon.ConfineAuto, "give up capabilities and files by name (landlock): auto (as far as the kernel can), always, or never")
+	f.IntVar(&o.Quotas.UserConnections, "user-connections", 0, "connections that one user may have (default three quarters of all)")
+	f.IntVar(&o.Quotas.UserObjects, "user-objects", 0, "objects that one user may have made (default three quarters of all)")
+	f.Var(&userSpace, "user-space", "size of all objects that one user may have made: what they can take of memory and paging space together (default no limit)")
+	f.Var(&taskMapped, "task-mapped", "size of all mappings of one connection (default no limit)")
+	f.IntVar(&o.Quotas.TaskRequests, "task-requests", 0, "requests that one connection may make in a second; what comes faster waits (default 20000)")
 	f.BoolVar(&o.GiveDevice, "hand-out-userfaultfd", false,
 		"give tasks an open /dev/userfaultfd: full userfaultfd for whoever may use the socket, which the sysctl vm.unprivileged_userfaultfd withholds")
 	f.DurationVar(&grace, "grace", 10*time.Second, "how long tasks may take to leave after the first signal")

@@ -33,6 +33,7 @@ type Config struct {
 	Settled    time.Duration // how long a pager must have lived for its death to be the first in a row again; 0: 10 s
 	Failpoints string        // of tests: what each pager arms (package failpoint); with ";" between, what the first, the second, ... and every one after those
 	Confine    string        // one of Confines; "": ConfineAuto
+	Quotas     Quotas        // of users and tasks
 	GiveDevice bool          // hand an open /dev/userfaultfd to tasks that ask for it: what the sysctl vm.unprivileged_userfaultfd withholds
 }
 
@@ -56,6 +57,9 @@ func (c *Config) Check() error {
 	}
 	if c.Confine != "" && !slices.Contains(Confines, c.Confine) {
 		return fmt.Errorf("confine: %q: want one of %q: %w", c.Confine, Confines, emm.InvalidArgument)
+	}
+	if err := c.Quotas.check(); err != nil {
+		return err
 	}
 	if c.Group != "" {
 		if _, err := groupID(c.Group); err != nil {

@@ -154,6 +154,7 @@ func Run(o Options) error {
 		movements: movements{some: make(chan struct{}, 1), all: map[uint64][]vm.Span{}}}
 	d.objects.init()
 	d.limits.init()
+	d.limits.quotas(o.Config.Quotas)
 	for i, m := range o.Managers {
 		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
 			return fmt.Errorf("start pager: memory manager %q: want a name of its own and an Open function", m.Name)

@@ -44,6 +44,7 @@ type objectRecord struct {
 	ResidentMin  int64         `json:",omitempty"`
 	ResidentMax  int64         `json:",omitempty"`
 	Private      bool          `json:",omitempty"` // nobody can open it
+	User         uint32        `json:",omitempty"` // who made it
 	Own          bool          `json:",omitempty"` // made by the default pager
 	Manager, Arg string        `json:",omitempty"`
 	Lost         bool          `json:",omitempty"` // the manager's file lost writes

@@ -19,6 +19,11 @@ type limits struct {
 	handles      int // of one connection
 	mappings     int // of one connection
 
+	userObjects  int   // made by one user
+	userSpace    int64 // bytes of them; 0: no limit
+	taskMapped   int64 // bytes mapped by one connection; 0: no limit
+	taskRequests int   // a second
+
 	mu      sync.Mutex
 	all     int            // guarded by mu; connections
 	refused int            // guarded by mu; connections that are being told that they are too many
@@ -49,6 +54,7 @@ func (l *limits) set(files int) {
 	l.handles = l.objects - l.objects/4
 	l.mappings = maxMappings
 	l.users = map[uint32]int{}
+	l.quotas(Quotas{})
 }
 
 // enter counts a connection of a user. An error tells which limit is reached; told is whether there is room to say so. leave must follow in any case.
@@ -59,7 +65,7 @@ func (l *limits) enter(uid uint32) (leave func(), told bool, err error) {
 	case l.all >= l.sessions:
 		err = fmt.Errorf("connect: the pager has %d connections, which is its limit (raise its RLIMIT_NOFILE, or end some): %w", l.all, emm.ResourceShortage)
 	case l.users[uid] >= l.userSessions:
-		err = fmt.Errorf("connect: user %d has %d connections, of %d that the pager allows (end some): %w", uid, l.users[uid], l.sessions, emm.ResourceShortage)
+		err = fmt.Errorf("connect: user %d has %d connections, of %d that the pager allows him (end some, or serve --user-connections): %w", uid, l.users[uid], l.userSessions, emm.ResourceShortage)
 	default:
 		l.all++
 		l.users[uid]++

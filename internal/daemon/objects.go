@@ -40,15 +40,21 @@ type objects struct {
 	mu     sync.Mutex
 	byPort map[digest]named   // guarded by mu
 	byID   map[uint64]*object // guarded by mu; by number in the vm
+	made   map[uint32]made    // guarded by mu; by user
 }
 
-func (t *objects) init() { t.byPort, t.byID = map[digest]named{}, map[uint64]*object{} }
+func (t *objects) init() {
+	t.byPort, t.byID, t.made = map[digest]named{}, map[uint64]*object{}, map[uint32]made{}
+}
 
 // add makes the first right.
 func (t *objects) add(o *object) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	o.rights++
+	if t.byID[o.vm.ID()] == nil {
+		t.charge(o, 1)
+	}
 	t.byID[o.vm.ID()] = o
 	if !o.port.IsNull() {
 		t.name(o.port, o, nil)
@@ -88,6 +94,7 @@ func (t *objects) release(o *object) bool {
 	if o.rights--; o.rights > 0 {
 		return false
 	}
+	t.charge(o, -1)
 	delete(t.byID, o.vm.ID())
 	t.forget(o)
 	return true
@@ -127,18 +134,13 @@ type objectSpec struct {
 	residentMin   int64 // bytes; 0: none
 	residentMax   int64 // bytes; 0: none
 	private       bool
+	user          uint32 // who asks
 	manager, arg  string
 	file          *os.File // nil: none; the manager's from here on
 }
 
 // newObject makes an object with one right.
 func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
-	if err := room("objects", d.objects.len(), d.limits.objects); err != nil {
-		if s.file != nil {
-			s.file.Close()
-		}
-		return nil, fmt.Errorf("create object: %w", err)
-	}
 	if s.pageSize == 0 {
 		s.pageSize = 4096
 	}
@@ -165,6 +167,8 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 	case int64(s.pageSize)*minPages > d.frames.Budget():
 		return nil, fmt.Errorf("create object: page size %d: the %d bytes that may be resident are fewer than %d such pages: %w", s.pageSize, d.frames.Budget(), minPages,
 			emm.ResourceShortage)
+	case d.roomFor(s.user, s.size) != nil:
+		return nil, fmt.Errorf("create object: %w", d.roomFor(s.user, s.size))
 	case s.manager == "" && s.arg != "", s.manager == "" && s.file != nil:
 		return nil, fmt.Errorf("create object: an argument or a file, but no manager to take it: %w", emm.InvalidArgument)
 	}
@@ -206,7 +210,7 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 		return nil, err
 	}
 	o.record = objectRecord{Port: opt.Port.String(), Size: s.size, PageSize: s.pageSize, Cluster: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax,
-		Private: s.private, Own: o.own, Manager: s.manager, Arg: s.arg}
+		Private: s.private, User: s.user, Own: o.own, Manager: s.manager, Arg: s.arg}
 	d.objects.add(o)
 	if err := d.holdObject(o, file); err != nil {
 		d.release(o)

@@ -27,6 +27,9 @@ func (s *session) handle(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 	if greeted == (m.Type == ipc.TypeHello) && !m.Resent() && (greeted || !s.inherited()) {
 		return ipc.Reply{}, fmt.Errorf("%v: a connection begins with one Hello: %w", m.Type, ipc.ErrMalformed)
 	}
+	if err := s.pace.wait(ctx, s.d.limits.taskRequests); err != nil {
+		return ipc.Reply{}, err
+	}
 	switch m.Type {
 	case ipc.TypeHello:
 		return with(m, s.hello)
@@ -149,7 +152,7 @@ func (s *session) create(ctx context.Context, m *ipc.Message) (ipc.Reply, error)
 		return ipc.Reply{}, fmt.Errorf("create object: flags %#x, page size %d: %w", q.Flags, q.PageSize, emm.InvalidArgument)
 	}
 	spec := objectSpec{size: q.Size, cluster: q.ClusterSize, pageSize: int(q.PageSize), residentMin: q.ResidentMin, residentMax: q.ResidentMax,
-		private: m.Type == ipc.TypeAllocate, manager: names[0], arg: names[1]}
+		private: m.Type == ipc.TypeAllocate, user: s.peer.Uid, manager: names[0], arg: names[1]}
 	if m.NumFDs() == 1 {
 		spec.file = os.NewFile(uintptr(m.TakeFD(0)), "of a task")
 	}
@@ -340,7 +343,7 @@ func (s *session) info() (ipc.Reply, error) {
 	if n, err := d.frames.Usage(); err == nil {
 		r.KernelResident = n
 	}
-	tail, err := ipc.AppendStrings(nil, d.frames.Kind().String(), d.tier.text, kernelRelease(), Version, d.confinement)
+	tail, err := ipc.AppendStrings(nil, d.frames.Kind().String(), d.tier.text, kernelRelease(), Version, d.confinement, d.limits.text())
 	return ipc.Reply{Body: r, Tail: tail}, err
 }
 

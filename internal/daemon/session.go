@@ -29,6 +29,7 @@ type session struct {
 	uc   *net.UnixConn // immutable; for its descriptor, which is the ipc.Conn's
 	peer unix.Ucred    // immutable; who connected
 	log  *slog.Logger  // immutable
+	pace pace
 
 	// Of one that was taken over, until it is served.
 	conn    *ipc.Conn
@@ -318,6 +319,11 @@ func (s *session) newMapping(q ipc.Map, seq uint32) (*mapping, *os.File, error) 
 	}
 	if tooMany := room("mappings of this connection", mappings, s.d.limits.mappings); err == nil && tooMany != nil {
 		err = fmt.Errorf("map object: %w", tooMany)
+	}
+	if err == nil {
+		if beyond := s.roomToMap(q.Size); beyond != nil {
+			err = fmt.Errorf("map object: %w", beyond)
+		}
 	}
 	if err == nil && q.Flags&ipc.MapReadOnly == 0 && o.readOnly() {
 		err = fmt.Errorf("map object: what is behind it can only be read: map it read-only (MapOptions.ReadOnly): %w", emm.ProtectionFailure)

@@ -27,7 +27,7 @@ func (s *session) snapshot(ctx context.Context, m *ipc.Message) (ipc.Reply, erro
 		return ipc.Reply{}, fmt.Errorf("snapshot: %w", err)
 	}
 	defer s.d.release(o)
-	c, err := s.d.snapshot(ctx, o)
+	c, err := s.d.snapshot(ctx, o, s.peer.Uid)
 	if err != nil {
 		return ipc.Reply{}, err
 	}
@@ -35,9 +35,9 @@ func (s *session) snapshot(ctx context.Context, m *ipc.Message) (ipc.Reply, erro
 }
 
 // snapshot makes an object with one right. Only the default pager can share what it has stored.
-func (d *Daemon) snapshot(ctx context.Context, o *object) (*object, error) {
+func (d *Daemon) snapshot(ctx context.Context, o *object, user uint32) (*object, error) {
 	size := o.size.Load()
-	if err := room("objects", d.objects.len(), d.limits.objects); err != nil {
+	if err := d.roomFor(user, size); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
 	switch {
@@ -57,7 +57,7 @@ func (d *Daemon) snapshot(ctx context.Context, o *object) (*object, error) {
 		d.endManager(c, c.port)
 		return nil, err
 	}
-	c.record = objectRecord{Port: c.port.String(), Size: size, PageSize: o.vm.PageSize(), Cluster: c.cluster, Own: true}
+	c.record = objectRecord{Port: c.port.String(), Size: size, PageSize: o.vm.PageSize(), Cluster: c.cluster, User: user, Own: true}
 	d.objects.add(c)
 	if err := d.holdObject(c, -1); err != nil {
 		d.release(c)

@@ -319,8 +319,8 @@ type Latency struct {
 	Max   uint64
 }
 
-// InfoReply answers Info (default_pager_info). Tail: five strings: kind of frames, privilege tier as text, kernel release, version of machpager,
-// how the pager is confined.
+// InfoReply answers Info (default_pager_info). Tail: six strings: kind of frames, privilege tier as text, kernel release, version of machpager,
+// how the pager is confined, the quotas of users and tasks.
 type InfoReply struct {
 	MinPageSize    uint32
 	MaxPageSize    uint32

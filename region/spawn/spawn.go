@@ -44,6 +44,9 @@ var ErrNoMain = errors.New("spawn.Main was not called: call it on the first line
 // Manager is a memory manager of the program's own, for objects that name it.
 type Manager = daemon.Manager
 
+// Quotas are what one user, by all connections together, and one task, by one connection, may have of the pager.
+type Quotas = daemon.Quotas
+
 // Options of Start. nil and zero values mean the defaults.
 type Options struct {
 	Resident   int64        // bytes of memory all objects together may occupy; 0: half of what is available (cgroup limits included)
@@ -54,6 +57,7 @@ type Options struct {
 	Policy     string       // what chooses the pages that go: "refault" or "fifo"; "": "refault"
 	Socket     string       // listen here too, so that other processes can Dial it; "": private
 	Restarts   int          // how many deaths of the pager in a row, each within 10 s of its start, are answered with a new one that goes on; 0: 5; less: none
+	Quotas     Quotas       // what users and tasks may have; 0 in it: the default
 	Confine    string       // whether the pager gives up its privileges: "auto", "always" or "never"; "": "auto". See Main
 	Executable string       // a machpager binary to run instead of this program; then Main is not needed
 	Log        *slog.Logger // gets the records of the children; nil: discard
@@ -131,7 +135,7 @@ func (o *Options) hello() (hello, string, error) {
 		}
 	}
 	h := hello{Version: helloVersion, Role: roleGuardian, JSON: true, Pipe: true, Config: daemon.Config{Restarts: o.Restarts,
-		Resident: o.Resident, Dir: o.Dir, Store: o.Store, Compressed: o.Compressed, Capacity: o.Capacity, Policy: o.Policy, Socket: o.Socket, Confine: o.Confine}}
+		Resident: o.Resident, Dir: o.Dir, Store: o.Store, Compressed: o.Compressed, Capacity: o.Capacity, Policy: o.Policy, Socket: o.Socket, Confine: o.Confine, Quotas: o.Quotas}}
 	h.Level = levelOf(o.Log)
 	if h.Config.Dir == "" {
 		h.Config.Dir = os.TempDir()
