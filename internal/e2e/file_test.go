@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/daemon"
 	"machpager/pager/emm"
 	"machpager/pager/vnode"
 	"machpager/region"
@@ -27,7 +28,7 @@ func init() {
 	tasks["filekilled"] = fileKilled
 	tasks["truncated"] = withPager(truncated)
 	tasks["filereadonly"] = withPager(fileReadOnly)
-	tasks["moody"] = withPager(moodyObject)
+	tasks["moody"] = moodyTask
 	tasks["filewriter"] = fileWriter
 }
 
@@ -392,6 +393,17 @@ func (m *moody) sync() error {
 		return unix.EIO
 	}
 	return m.File.Sync()
+}
+
+// moodyTask has a pager that is not confined: its manager reads the mood from a file that it opens by name.
+func moodyTask(*conn) error {
+	ctx := context.Background()
+	p, err := startPager(ctx, spawn.Options{Confine: daemon.ConfineNever})
+	if err != nil {
+		return err
+	}
+	defer p.Close()
+	return firstOf(moodyObject(ctx, p), p.Close())
 }
 
 // moodyObject has an object behind a ReaderAt that fails and recovers.

@@ -76,7 +76,7 @@ func hugeObject(v *villain) error {
 	return nil
 }
 
-// hugeDiscard throws away 2 TiB, of which the manager must be told, and does not wait for it.
+// hugeDiscard throws away 2 TiB, of which nothing was ever touched: that takes no time.
 func hugeDiscard(v *villain) error {
 	const size = 1 << 41
 	h, err := v.object(size)
@@ -87,10 +87,10 @@ func hugeDiscard(v *villain) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
 	defer cancel()
-	if _, err := v.l.Call(ctx, ipc.TypeDiscard, ipc.Discard{Mapping: m.id, Size: size}, nil); err == nil {
-		return errors.New("2 TiB were discarded in a second")
+	if _, err := v.l.Call(ctx, ipc.TypeDiscard, ipc.Discard{Mapping: m.id, Size: size}, nil); err != nil {
+		return fmt.Errorf("discard 2 TiB: %w", err)
 	}
 	for end := time.Now().Add(v.limit); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
 		if err := v.do(ipc.TypeUnmap, ipc.Unmap{Mapping: m.id}); err == nil {

@@ -266,7 +266,12 @@ func TestHostile(t *testing.T) {
 		{"leaves without end", 3 * time.Second},
 	} {
 		t.Run(c.attack, func(t *testing.T) {
-			t.Parallel() // most of the time is waiting
+			switch c.attack {
+			case "connections", "descriptors", "in flight", "slow readers", "closed socket", "strange files", "leaves without end", "objects":
+				// Alone: the kernel counts what a user has in flight over all processes, and these use up what there is.
+			default:
+				t.Parallel() // most of the time is waiting
+			}
 			socket, k := pagerAt(t, pagerOptions{Resident: 16 << 20})
 			b := newBystander(t, socket)
 			b.check("nothing")
