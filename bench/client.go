@@ -3,11 +3,9 @@
 package bench
 
 import (
-	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -47,18 +45,7 @@ func clientMain() error {
 	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0))) // one P may stand still in a fault: another one sees that the driver is gone
 	debug.SetGCPercent(-1)                            // a collection would stop the world, and wait for the fault
 	debug.SetMemoryLimit(1 << 30)
-	lines := make(chan []byte)
-	go func() {
-		in := bufio.NewReader(os.Stdin)
-		for {
-			line, err := in.ReadBytes('\n')
-			if err != nil {
-				os.Exit(0) // the driver is gone; a thread in a fault goes down with the process
-			}
-			lines <- line
-		}
-	}()
-
+	lines := jobLines()
 	var h hello
 	if err := json.Unmarshal(<-lines, &h); err != nil {
 		return err
@@ -75,26 +62,15 @@ func clientMain() error {
 		return err
 	}
 	runtime.LockOSThread()
-	out := json.NewEncoder(os.Stdout)
-	if err := out.Encode(result{}); err != nil { // ready
-		return err
-	}
-	for line := range lines {
-		var j job
-		if err := json.Unmarshal(line, &j); err != nil {
-			return err
-		}
+	return serveJobs(lines, func(j job) result {
 		r, err := c.run(j)
 		if errors.Is(err, errNone) {
 			r.None = err.Error()
 		} else if err != nil {
 			r.Err = failed(err)
 		}
-		if err := out.Encode(r); err != nil {
-			return err
-		}
-	}
-	return io.ErrUnexpectedEOF
+		return r
+	})
 }
 
 type client struct {

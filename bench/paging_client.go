@@ -3,12 +3,10 @@
 package bench
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"runtime"
@@ -71,17 +69,7 @@ func pagingMain() error {
 	runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0))) // two may stand still in faults
 	debug.SetGCPercent(-1)                            // a collection would stop the world, and wait for the fault
 	debug.SetMemoryLimit(4 << 30)
-	lines := make(chan []byte)
-	go func() {
-		in := bufio.NewReader(os.Stdin)
-		for {
-			line, err := in.ReadBytes('\n')
-			if err != nil {
-				os.Exit(0) // the driver is gone; a thread in a fault goes down with the process
-			}
-			lines <- line
-		}
-	}()
+	lines := jobLines()
 	c := new(pagingClient)
 	if err := json.Unmarshal(<-lines, &c.hello); err != nil {
 		return err
@@ -90,24 +78,13 @@ func pagingMain() error {
 		return err
 	}
 	runtime.LockOSThread()
-	out := json.NewEncoder(os.Stdout)
-	if err := out.Encode(pagingResult{}); err != nil { // ready
-		return err
-	}
-	for line := range lines {
-		var j pagingJob
-		if err := json.Unmarshal(line, &j); err != nil {
-			return err
-		}
+	return serveJobs(lines, func(j pagingJob) pagingResult {
 		r, err := c.do(j)
 		if err != nil {
 			r.Err, r.Wrong = failed(err), errors.As(err, new(wrongError))
 		}
-		if err := out.Encode(r); err != nil {
-			return err
-		}
-	}
-	return io.ErrUnexpectedEOF
+		return r
+	})
 }
 
 func (c *pagingClient) start() error {
