@@ -225,7 +225,8 @@ func TestSlowManagerSlowsOnlyItsUsers(t *testing.T) {
 				before, during latencies
 			}{{"touches", before.Touch, during.Touch}, {"first writes", before.Protect, during.Protect}, {"syncs", before.Sync, during.Sync}} {
 				t.Logf("%s alone %v; beside a slow manager %v", m.what, m.before, m.during)
-				if limit := m.before.tail() + 10*time.Millisecond; m.during.tail() > limit {
+				// Who waited for the manager waited for all of its time; half is for a loaded machine.
+				if limit := m.before.tail() + sluggishTime/2; m.during.tail() > limit {
 					t.Errorf("%s: %v beside a slow manager, want at most %v", m.what, m.during.tail(), limit)
 				}
 			}
