@@ -91,5 +91,14 @@ func (o *Object) mayTake(n int64) int64 {
 	if !o.vm.contended.Load() || o.spared.Load() {
 		return n
 	}
-	return max(0, min(n, (o.vm.freeFrames()-o.vm.lastFrames())/int64(o.framesOf(1))))
+	return leaving(n, int64(o.framesOf(1)), o.vm.freeFrames(), o.vm.lastFrames())
+}
+
+// leaving is how many of n pages can be had of the free frames when the last are left. Page-out makes no more frames free than twice the last: where a page needs
+// more than these, leaving them would mean to wait for ever.
+func leaving(n, page, free, last int64) int64 {
+	if page > last {
+		return n
+	}
+	return max(0, min(n, (free-last)/page))
 }
