@@ -187,35 +187,6 @@ func (c *Client) Replace(ctx context.Context) error {
 	return c.call(ctx, "upgrade", ipc.TypeReplace, nil, nil)
 }
 
-// PutTask has the guardian hold a copy of a task's userfaultfd and of its socket, under the number of its session.
-func (c *Client) PutTask(ctx context.Context, session uint64, name string, uffd, socket int) error {
-	if err := c.Put(ctx, Item{Kind: ipc.ItemSocket, ID: session, FD: socket}); err != nil {
-		return err
-	}
-	return c.Put(ctx, Item{Kind: ipc.ItemTask, ID: session, Tail: []byte(name), FD: uffd})
-}
-
-// PutRange has the guardian hold a range registered on a task's userfaultfd, under the number of its mapping.
-func (c *Client) PutRange(ctx context.Context, session, mapping uint64, r Range) error {
-	return c.Put(ctx, Item{Kind: ipc.ItemRange, ID: mapping, Parent: session, A: r.Start, B: r.Len})
-}
-
-// DropRange ends PutRange: the range is registered no more.
-func (c *Client) DropRange(ctx context.Context, mapping uint64) error {
-	return c.Drop(ctx, ipc.ItemRange, mapping)
-}
-
-// DropTask ends PutTask: no memory is registered on its userfaultfd any more.
-func (c *Client) DropTask(ctx context.Context, session uint64) error {
-	return c.Drop(ctx, ipc.ItemTask, session)
-}
-
-// EndTask hands the task to the guardian: the pager reads its userfaultfd no more, but its memory may live on. What is absent in it gives
-// SIGBUS from now on.
-func (c *Client) EndTask(ctx context.Context, session uint64) error {
-	return c.Put(ctx, Item{Kind: ipc.ItemEnd, ID: session})
-}
-
 // Done is closed when the guardian has gone.
 func (c *Client) Done() <-chan struct{} { return c.link.Done() }
 

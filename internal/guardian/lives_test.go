@@ -243,7 +243,7 @@ func heir(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []str
 		}
 		raw, sock = got[0], pair[0]
 		fmt.Sscan(string(msg[:n]), &start)
-		if err := errors.Join(c.PutTask(ctx, 1, "worker", raw, sock), c.PutRange(ctx, 1, 1, guardian.Range{Start: start, Len: workerPages * page})); err != nil {
+		if err := errors.Join(putTask(ctx, c, 1, "worker", raw, sock), putRange(ctx, c, 1, 1, guardian.Range{Start: start, Len: workerPages * page})); err != nil {
 			return err
 		}
 		if err := c.Put(ctx, guardian.Item{Kind: ipc.ItemState, A: 1, Tail: []byte("one")}); err != nil {
@@ -278,7 +278,7 @@ func heir(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []str
 		p := [...]unix.PollFd{{Fd: int32(raw), Events: unix.POLLIN}, {Fd: int32(sock), Events: unix.POLLRDHUP}}
 		unix.Poll(p[:], -1)
 		if p[1].Revents != 0 { // the worker has gone
-			return errors.Join(c.DropTask(ctx, 1), c.Close())
+			return errors.Join(dropTask(ctx, c, 1), c.Close())
 		}
 		n, err := fd.Read(msgs[:])
 		if err != nil {

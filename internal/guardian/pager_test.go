@@ -69,8 +69,8 @@ func pagerMain(args []string) error {
 		if err != nil {
 			return err
 		}
-		return errors.Join(c.PutTask(ctx, 1, "one", fd.Fd(), sock[0]), c.PutRange(ctx, 1, 7, guardian.Range{Start: 1 << 20, Len: page}), c.DropRange(ctx, 7),
-			c.DropRange(ctx, 8), c.DropTask(ctx, 1), c.DropTask(ctx, 2), c.EndTask(ctx, 3), c.Close())
+		return errors.Join(putTask(ctx, c, 1, "one", fd.Fd(), sock[0]), putRange(ctx, c, 1, 7, guardian.Range{Start: 1 << 20, Len: page}), dropRange(ctx, c, 7),
+			dropRange(ctx, c, 8), dropTask(ctx, c, 1), dropTask(ctx, c, 2), endTask(ctx, c, 3), c.Close())
 	case "bad":
 		return tellBad(ctx, c)
 	}
@@ -110,8 +110,8 @@ func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error)
 		return nil, err
 	}
 	fd := uffd.FromFd(got[0])
-	err = errors.Join(c.PutTask(ctx, 1, "the task", fd.Fd(), sock[0]), c.PutRange(ctx, 1, 1, guardian.Range{Start: sparse, Len: sparseBytes}),
-		c.PutRange(ctx, 1, 2, guardian.Range{Start: small, Len: smallPages * page}), c.PutRange(ctx, 1, 3, guardian.Range{Start: private, Len: 16 * page}))
+	err = errors.Join(putTask(ctx, c, 1, "the task", fd.Fd(), sock[0]), putRange(ctx, c, 1, 1, guardian.Range{Start: sparse, Len: sparseBytes}),
+		putRange(ctx, c, 1, 2, guardian.Range{Start: small, Len: smallPages * page}), putRange(ctx, c, 1, 3, guardian.Range{Start: private, Len: 16 * page}))
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +143,7 @@ func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error)
 	unix.Write(sock[0], []byte("all wait"))
 	return func() error {
 		fd.Close()
-		return c.EndTask(ctx, 1)
+		return endTask(ctx, c, 1)
 	}, nil
 }
 
@@ -161,16 +161,16 @@ func tellBad(ctx context.Context, c *guardian.Client) error {
 	if err != nil {
 		return err
 	}
-	if err := c.PutTask(ctx, 1, "good", fd.Fd(), sock[0]); err != nil {
+	if err := putTask(ctx, c, 1, "good", fd.Fd(), sock[0]); err != nil {
 		return err
 	}
 	for name, f := range map[string]func() error{
-		"a file for a userfaultfd": func() error { return c.PutTask(ctx, 2, "", int(null.Fd()), sock[0]) },
-		"a file for a socket":      func() error { return c.PutTask(ctx, 2, "", fd.Fd(), int(null.Fd())) },
-		"a range of no task":       func() error { return c.PutRange(ctx, 9, 1, guardian.Range{Start: page, Len: page}) },
-		"an empty range":           func() error { return c.PutRange(ctx, 1, 1, guardian.Range{Start: page}) },
-		"half a page":              func() error { return c.PutRange(ctx, 1, 1, guardian.Range{Start: page, Len: 100}) },
-		"a range without end":      func() error { return c.PutRange(ctx, 1, 1, guardian.Range{Start: page, Len: ^uint64(page - 1)}) },
+		"a file for a userfaultfd": func() error { return putTask(ctx, c, 2, "", int(null.Fd()), sock[0]) },
+		"a file for a socket":      func() error { return putTask(ctx, c, 2, "", fd.Fd(), int(null.Fd())) },
+		"a range of no task":       func() error { return putRange(ctx, c, 9, 1, guardian.Range{Start: page, Len: page}) },
+		"an empty range":           func() error { return putRange(ctx, c, 1, 1, guardian.Range{Start: page}) },
+		"half a page":              func() error { return putRange(ctx, c, 1, 1, guardian.Range{Start: page, Len: 100}) },
+		"a range without end":      func() error { return putRange(ctx, c, 1, 1, guardian.Range{Start: page, Len: ^uint64(page - 1)}) },
 	} {
 		err := f()
 		if err == nil || errors.Is(err, context.DeadlineExceeded) {
@@ -179,5 +179,5 @@ func tellBad(ctx context.Context, c *guardian.Client) error {
 		fmt.Println("refused", name, err)
 	}
 	fmt.Println("refused all")
-	return c.DropTask(ctx, 1)
+	return dropTask(ctx, c, 1)
 }
