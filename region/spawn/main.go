@@ -83,6 +83,8 @@ func Main(managers ...Manager) {
 	if !ok {
 		return // a program that is merely called so
 	}
+	// In ps, top and what the out-of-memory killer says; else it is called exe, as the link that was executed. At most 15 bytes are kept.
+	_ = os.WriteFile("/proc/self/comm", []byte(role), 0)
 	// The end of the socket is the only sign to end. SIGPIPE: whoever read the log may be gone.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
 	if h.Pipe {

@@ -141,6 +141,11 @@ func TestStart(t *testing.T) {
 			if info.Budget != 16<<20 || info.PagerPID == os.Getpid() || info.GuardianPID == os.Getpid() || info.PagerPID == info.GuardianPID {
 				t.Errorf("odd info %+v", info)
 			}
+			for pid, want := range map[int]string{info.PagerPID: "machpager-pager\n", info.GuardianPID: "machpager-guard\n"} { // not exe
+				if comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err != nil || string(comm) != want {
+					t.Errorf("process %d is called %q, want %q: %v", pid, comm, want, err)
+				}
+			}
 			o, err := p.ObjectCreate(ctx, 1<<20, nil)
 			if err != nil {
 				t.Fatal(err)
