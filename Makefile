@@ -6,6 +6,8 @@
 #	make bench    the fault benchmark against a C floor compiled on the spot (needs gcc)
 #	make fuzz     every fuzz target for FUZZTIME
 #	make soak     the randomised end-to-end tests for SOAK each, with kills of the pager at random instants and at every failpoint
+#	make systemd-test
+#	              the units of contrib/systemd under a real systemd that is booted in a container (needs root and systemd-container)
 #	make deps     the Debian packages that test and bench need; the pager itself needs none
 
 GO       ?= go
@@ -27,7 +29,7 @@ export GORACE := $(GORACE) atexit_sleep_ms=0
 # process's help would stand still at once.
 INTEGRATION = ./region/... ./internal/e2e/...
 
-.PHONY: all build demo test lint fmt unit integration bench fuzz soak deps clean
+.PHONY: all build demo test lint fmt unit integration bench fuzz soak systemd-test deps clean
 
 all: build
 
@@ -75,6 +77,9 @@ fuzz:
 
 soak:
 	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 30m -run 'Metamorphic|Hazard|FillEmptyFill|PagingFiles|PagingSpaceFull|Killed' ./internal/e2e
+
+systemd-test:
+	contrib/systemd/test/run
 
 deps:
 	apt-get install -y --no-install-recommends gcc libc6-dev
