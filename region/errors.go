@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 
 	"golang.org/x/sys/unix"
 
@@ -63,11 +64,14 @@ func (p *Pager) failed(what string, err error) error {
 }
 
 // dialHint is the remedy for a socket that cannot be reached.
-func dialHint(err error) string {
+func dialHint(socket string, err error) string {
 	switch {
 	case errors.Is(err, unix.ENOENT):
 		return " (no pager listens there: start one with `machpager serve`, or name its socket with $MACHPAGER_SOCKET)"
 	case errors.Is(err, unix.ECONNREFUSED):
+		if st, err := os.Stat(socket); err == nil && st.Mode().Type() != os.ModeSocket {
+			return " (this is not a socket)"
+		}
 		return " (the socket is there but nobody listens: the pager ended; start it again with `machpager serve`)"
 	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
 		return " (the socket is for its owner and its group only: run as one of them, or start the pager with `machpager serve --group`)"

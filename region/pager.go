@@ -75,7 +75,7 @@ func Dial(ctx context.Context, socket string, o *DialOptions) (*Pager, error) {
 	for tries := 0; ; tries++ {
 		conn, err := ipc.DialConn(ctx, socket)
 		if err != nil {
-			return nil, fmt.Errorf("dial pager: %w%s", err, dialHint(err))
+			return nil, fmt.Errorf("dial pager: %w%s", err, dialHint(socket, err))
 		}
 		p, err := newPager(ctx, conn, opt)
 		if err == nil {

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"machpager/internal/daemon"
 	"machpager/internal/demo"
 )
 
@@ -92,6 +93,9 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024). Exit status 5 i
 				}
 			}
 			o.Size, o.Resident = int64(total), int64(resident)
+			if err := (&daemon.Config{Resident: o.Resident}).Check(); err != nil {
+				return usageError{fmt.Errorf("--resident: %w (see machpager demo sort --help)", err)}
+			}
 			if !asJSON {
 				o.Out, o.Progress = c.OutOrStdout(), isTerminal(c.OutOrStdout())
 			}

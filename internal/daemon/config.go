@@ -15,6 +15,7 @@ import (
 	"machpager/internal/frames"
 	"machpager/internal/policy"
 	"machpager/pager/emm"
+	"machpager/pager/store"
 )
 
 // Config is what a pager is told at its start. It travels from process to process as JSON.
@@ -73,6 +74,9 @@ func (c *Config) Check() error {
 		if x.n < 0 {
 			return fmt.Errorf("%d bytes of %s: %w", x.n, x.what, emm.InvalidArgument)
 		}
+	}
+	if c.Capacity != 0 && c.Capacity < store.SlotSize {
+		return fmt.Errorf("%d bytes of paging space: at least %d are needed: %w", c.Capacity, int64(store.SlotSize), emm.InvalidArgument)
 	}
 	if c.Resident != 0 {
 		return theMost().check(c.Resident)

@@ -142,7 +142,7 @@ func tierTask(c *conn) error {
 	var p *region.Pager
 	var err error
 	if arg.Socket == "" {
-		p, err = startPager(ctx, spawn.Options{})
+		p, err = startPager(ctx, spawn.Options{UserModeOnly: arg.UserModeOnly})
 	} else {
 		p, err = region.Dial(ctx, arg.Socket, &region.DialOptions{UserModeOnly: arg.UserModeOnly})
 	}
@@ -235,6 +235,7 @@ func TestTiers(t *testing.T) {
 		{"B", nil, "", false, asNobody(true), tierArg{}, tierResult{UID: nobody, Tier: "B", Touch: true, ReadAt: true}},
 		{"neither", nil, "", false, asNobody(false), tierArg{}, tierResult{UID: nobody, Tier: "C", Err: "UserModeOnly"}},
 		{"C", asNobody(false), "", false, asNobody(false), tierArg{UserModeOnly: true}, tierResult{UID: nobody, Tier: "C", Touch: true, ReadAt: true, Syscall: "EFAULT"}},
+		{"C with a pager of its own", nil, "", false, asNobody(false), tierArg{UserModeOnly: true}, tierResult{UID: nobody, Tier: "C", Touch: true, ReadAt: true, Syscall: "EFAULT"}},
 		{"C of root's pager", root, fmt.Sprint(nobody), false, asNobody(false), tierArg{UserModeOnly: true},
 			tierResult{UID: nobody, Tier: "A", Touch: true, ReadAt: true, Syscall: "EFAULT"}},
 		{"given the device", root, fmt.Sprint(nobody), true, asNobody(false), tierArg{}, tierResult{UID: nobody, Tier: "A", Touch: full.Touch, ReadAt: full.ReadAt}},

@@ -61,6 +61,9 @@ type Options struct {
 	Confine    string       // whether the pager gives up its privileges: "auto", "always" or "never"; "": "auto". See Main
 	Executable string       // a machpager binary to run instead of this program; then Main is not needed
 	Log        *slog.Logger // gets the records of the children; nil: discard
+
+	// UserModeOnly works without any privilege, and has the limits that region.DialOptions tells.
+	UserModeOnly bool
 }
 
 // Start starts a pager and returns when it serves. ctx bounds the start only. The error of a child that dies at its start has its last words. Where the cause
@@ -97,7 +100,7 @@ func start(ctx context.Context, o *Options) (*region.Pager, error) {
 		ours.Close()
 		return nil, err
 	}
-	p, err := region.FromConn(ctx, ours, &region.ConnOptions{OnClose: c.waitClosed})
+	p, err := region.FromConn(ctx, ours, &region.ConnOptions{DialOptions: region.DialOptions{UserModeOnly: o.UserModeOnly}, OnClose: c.waitClosed})
 	if err == nil {
 		return p, nil
 	}
