@@ -32,9 +32,9 @@ type ObjectOptions struct {
 	ClusterSize int64    // bytes asked of the manager at once, power of two from PageSize to 2 MiB; 0: the pager's choice
 	ResidentMin int64    // bytes that are not paged out for the sake of other objects; 0: none. See below
 	ResidentMax int64    // bytes that may be in memory at once, at least 8 pages; 0: as many as the pager's budget allows
-	Manager     string   // "file" (see ObjectCreate), or one named in spawn.Main or known to the daemon; "": the default pager
+	Manager     string   // "file" or "checked" (see ObjectCreate), or one named in spawn.Main or known to the daemon; "": the default pager
 	Arg         string   // for the manager
-	File        *os.File // handed to the manager: for "file", the file behind the object; nil: none. It stays the caller's
+	File        *os.File // handed to the manager: for "file" and "checked", the file behind the object; nil: none. It stays the caller's
 }
 
 // AllocateOptions are the options of Allocate.
@@ -63,6 +63,10 @@ type Object struct {
 // they are touched. If it is open for writing too, what is changed goes back to it: at page-out, with [Region.Sync] durably, and when the object ends. Otherwise the
 // object can only be mapped with MapOptions.ReadOnly (emm.ProtectionFailure). An object larger than the file makes the file grow, to the last byte
 // written other than zero. What others do to the file meanwhile is not seen in pages that are in memory; if they truncate it, its lost pages are errors.
+//
+// The manager "checked" does the same in a file of a format of its own, with checksums: one that is empty is made, and grows to size; nobody else may have it open
+// through a pager (unix.EBUSY), and block devices are refused. Of such an object what Sync has confirmed survives the death of the machine at any instant, and a page that the device has
+// torn, or lost, is an error: emm.MemoryError, which [Region.Discard] of the page heals, with zeros. It takes up to twice the space, and Sync twice as long (see package pager/checked).
 func (p *Pager) ObjectCreate(ctx context.Context, size int64, o *ObjectOptions) (*Object, error) {
 	if err := p.begin(); err != nil {
 		return nil, fmt.Errorf("create object: %w", err)

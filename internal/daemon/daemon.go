@@ -77,7 +77,7 @@ import (
 
 // Manager is a memory manager that objects can ask for by name.
 type Manager struct {
-	Name string // not empty, nor "file": that is the built-in manager of objects over files
+	Name string // not empty, nor "file" or "checked": those are the built-in managers of objects over files
 	// Open makes the manager of one new object, with what the object's creator gave: an argument and perhaps a file, which is the manager's
 	// then. It may take its time; the manager's methods may not. A manager that is an io.Closer is closed after its Terminate. One with a method
 	// MaxProtection() emm.Prot that lacks emm.ProtWrite has objects that can only be mapped read-only. Package vnode makes managers.
@@ -156,7 +156,7 @@ func Run(o Options) error {
 	d.limits.init()
 	d.limits.quotas(o.Config.Quotas)
 	for i, m := range o.Managers {
-		if m.Name == "" || m.Name == fileManager || m.Open == nil || d.managers[m.Name] != nil {
+		if m.Name == "" || builtIn(m.Name) || m.Open == nil || d.managers[m.Name] != nil {
 			return fmt.Errorf("start pager: memory manager %q: want a name of its own and an Open function", m.Name)
 		}
 		d.managers[m.Name] = &o.Managers[i]

@@ -8,8 +8,14 @@ import (
 	"machpager/pager/vnode"
 )
 
-// fileManager is the name of the built-in manager of objects over files: see package vnode.
-const fileManager = "file"
+// The built-in managers of objects over files: see package vnode. They take no argument, but the file.
+const (
+	fileManager    = "file"    // vnode.File
+	checkedManager = "checked" // vnode.Checked
+)
+
+// builtIn reports whether a manager is one of them.
+func builtIn(name string) bool { return name == fileManager || name == checkedManager }
 
 // protector is a manager whose objects cannot be mapped with every access (Mach: the max_protection of a vm_map).
 type protector interface{ MaxProtection() emm.Prot }
@@ -25,12 +31,16 @@ func (d *Daemon) openManager(ctx context.Context, s objectSpec, o *object) (emm.
 	var got emm.Manager
 	var err error
 	switch m := d.managers[s.manager]; {
-	case s.manager == fileManager && s.file == nil:
+	case builtIn(s.manager) && s.file == nil:
 		return nil, fmt.Errorf("it needs the file (ObjectOptions.File): %w", emm.InvalidArgument)
-	case s.manager == fileManager && s.arg != "":
+	case builtIn(s.manager) && s.arg != "":
 		return nil, fmt.Errorf("it takes no argument: files are opened by their users, and handed over open (ObjectOptions.File): %w", emm.InvalidArgument)
-	case s.manager == fileManager:
-		got, err = vnode.File(s.file, s.size, &vnode.Options{Log: d.log, Lost: o.lost.Load(), OnLost: func() {
+	case builtIn(s.manager):
+		open := vnode.File
+		if s.manager == checkedManager {
+			open = vnode.Checked
+		}
+		got, err = open(s.file, s.size, &vnode.Options{Log: d.log, Lost: o.lost.Load(), OnLost: func() {
 			o.lost.Store(true)
 			if err := d.holdRecord(o); err != nil {
 				d.log.Error("a file lost writes, and the next pager will not know", "object", o.vm.ID(), "err", err)
@@ -52,7 +62,11 @@ func (d *Daemon) openManager(ctx context.Context, s objectSpec, o *object) (emm.
 
 // fileSize is the size of an object whose size is to be its file's.
 func fileSize(s objectSpec) (int64, error) {
-	n, err := vnode.FileSize(s.file)
+	size := vnode.FileSize
+	if s.manager == checkedManager {
+		size = vnode.CheckedSize
+	}
+	n, err := size(s.file)
 	if err != nil {
 		return 0, err
 	}

@@ -50,13 +50,19 @@ func File(f *os.File, size int64, o *Options) (*Pager, error) {
 		return nil, fmt.Errorf("open file: %w", err)
 	}
 	c := &file{f: f, raw: raw, size: size, block: st.block}
-	if o != nil {
-		if c.onLost = o.OnLost; o.Lost {
-			c.lost = fmt.Errorf("fdatasync failed in an earlier pager: what is on the device is unknown: %w", emm.MemoryFailure)
-		}
-	}
+	c.outcome(o)
 	c.end.Store(min(st.size, size))
 	return newPager(c, st.writable, o), nil
+}
+
+// outcome takes over what the options say of fdatasync.
+func (c *file) outcome(o *Options) {
+	if o == nil {
+		return
+	}
+	if c.onLost = o.OnLost; o.Lost {
+		c.lost = fmt.Errorf("fdatasync failed in an earlier pager: what is on the device is unknown: %w", emm.MemoryFailure)
+	}
 }
 
 // FileSize is how many bytes a regular file or a block device has.
