@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -152,11 +153,11 @@ func (d *disk) PeekAt(p []byte, off int64) bool { return d.file.peek(p, off) }
 // inode tells files apart.
 type inode struct{ dev, ino uint64 }
 
-// inUse are the checked files of this process, which flock(2) does not tell apart when they are open by one description: how many read one, or -1 for who writes it.
+// inUse are the checked files of this process: flock(2) does not tell them apart when they are open by one description.
 var inUse = struct {
 	sync.Mutex
-	n map[inode]int
-}{n: map[inode]int{}}
+	by map[inode][]*disk // guarded by Mutex; one that writes, or several that read
+}{by: map[inode][]*disk{}}
 
 // lockPatience is how long a file may still be another object's: one that is ending.
 const lockPatience = time.Second
@@ -177,32 +178,36 @@ func (d *disk) lock() error {
 func (d *disk) tryLock() error {
 	inUse.Lock()
 	defer inUse.Unlock()
-	n := inUse.n[d.id]
-	if n < 0 || n > 0 && d.writable {
+	if by := inUse.by[d.id]; len(by) > 0 && (d.writable || by[0].writable) {
 		return unix.EWOULDBLOCK
 	}
-	how, now := unix.LOCK_SH, n+1
-	if d.writable {
-		how, now = unix.LOCK_EX, -1
+	if err := d.flock(); errors.Is(err, unix.EWOULDBLOCK) {
+		return err // another error: a file system without locks
 	}
-	err := d.control(func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		return err
-	}
-	inUse.n[d.id] = now // a file system without locks: at least not twice in this process
+	inUse.by[d.id] = append(inUse.by[d.id], d)
 	return nil
+}
+
+func (d *disk) flock() error {
+	how := unix.LOCK_SH
+	if d.writable {
+		how = unix.LOCK_EX
+	}
+	return d.control(func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
 }
 
 // unlock gives it up; a task that has the file open still must not hold others off.
 func (d *disk) unlock() {
 	inUse.Lock()
 	defer inUse.Unlock()
-	switch n := inUse.n[d.id]; {
-	case n > 1: // another Pager may have it by the same description
-		inUse.n[d.id] = n - 1
-		return
-	default:
-		delete(inUse.n, d.id)
-	}
 	_ = d.control(func(fd int) error { return unix.Flock(fd, unix.LOCK_UN) })
+	left := slices.DeleteFunc(inUse.by[d.id], func(e *disk) bool { return e == d })
+	if len(left) == 0 {
+		delete(inUse.by, d.id)
+		return
+	}
+	inUse.by[d.id] = left
+	for _, e := range left { // the lock may have been theirs as well
+		_ = e.flock()
+	}
 }

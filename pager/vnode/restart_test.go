@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -16,12 +17,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"machpager/internal/failpoint"
+	"machpager/pager/checked"
 	"machpager/pager/emm"
 	"machpager/pager/emm/emmtest"
 )
 
 const (
-	killedEnv   = "MACHPAGER_VNODETEST" // failpoints: this process is the one that is killed
+	killedEnv   = "MACHPAGER_VNODETEST" // manager and failpoints: this process is the one that is killed
 	killedPages = 16
 )
 
@@ -55,11 +57,66 @@ func TestKilled(t *testing.T) {
 	if spec, ok := os.LookupEnv(killedEnv); ok {
 		beKilled(t, spec)
 	}
-	f := tempFile(t, bytes.Repeat(page(0), killedPages))
+	t.Run("file", func(t *testing.T) {
+		f := tempFile(t, bytes.Repeat(page(0), killedPages))
+		testKilled(t, kept{"file", f}, []string{"vnode.write", "vnode.written", "vnode.sync", "vnode.synced"})
+	})
+	t.Run("checked", func(t *testing.T) {
+		testKilled(t, kept{"checked", tempFile(t, nil)}, []string{"vnode.write", "vnode.written", "vnode.sync", "vnode.synced",
+			"checked.write", "checked.written", "checked.entered", "checked.sync", "checked.safe", "checked.sealed"})
+	})
+}
+
+// kept is a file and who manages it.
+type kept struct {
+	manager string
+	f       *os.File
+}
+
+// open opens the file anew.
+func (k kept) open(t *testing.T) *Pager {
+	t.Helper()
+	open := File
+	if k.manager == "checked" {
+		open = Checked
+	}
+	p, err := open(reopen(t, k.f, os.O_RDWR), killedPages*ps, &Options{Log: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// page is what is in the file.
+func (k kept) page(t *testing.T, n int) []byte {
+	t.Helper()
+	var r io.ReaderAt = k.f
+	if k.manager == "checked" {
+		if st, err := k.f.Stat(); err != nil || st.Size() == 0 { // the process was killed before it made it
+			return page(0)
+		}
+		d, err := newDisk(k.f, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := checked.Open(d, 0, &checked.Options{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r = c
+	}
+	b := make([]byte, ps)
+	if _, err := r.ReadAt(b, int64(n)*ps); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func testKilled(t *testing.T, f kept, points []string) {
 	mem := tempFile(t, make([]byte, ps))
 	rng := rand.New(rand.NewPCG(1, 1))
 	var spec []string
-	for _, name := range []string{"vnode.write", "vnode.written", "vnode.sync", "vnode.synced"} {
+	for _, name := range points {
 		spec = append(spec, fmt.Sprintf("%s=%d:kill", name, 1+rng.IntN(40)), fmt.Sprintf("%s=%d:kill", name, 1+rng.IntN(40)))
 	}
 	for i, s := range append(spec, "", "", "", "") {
@@ -67,11 +124,11 @@ func TestKilled(t *testing.T) {
 		p := mapPromises(t, mem)
 		if i%3 == 2 { // the vm is lost as well: what is in the file is what there is
 			for n := range killedPages {
-				p.given[n].Store(binary.LittleEndian.Uint64(inFile(t, f, n)))
+				p.given[n].Store(binary.LittleEndian.Uint64(f.page(t, n)))
 			}
 			continue
 		}
-		again := openFile(t, reopen(t, f, os.O_RDWR), killedPages*ps)
+		again := f.open(t)
 		k := emmtest.NewKernel(t, again, emm.NewPort(), ps)
 		k.MayFail = true
 		if kr := k.Init(); kr != emm.Success {
@@ -89,24 +146,15 @@ func TestKilled(t *testing.T) {
 		again.Close()
 		waitIdle(t, again)
 		for n := range killedPages {
-			if got := inFile(t, f, n); !bytes.Equal(got, page(p.given[n].Load())) {
+			if got := f.page(t, n); !bytes.Equal(got, page(p.given[n].Load())) {
 				t.Errorf("%q: page %d is not what was returned again", s, n)
 			}
 		}
 	}
 }
 
-func inFile(t *testing.T, f *os.File, n int) []byte {
-	t.Helper()
-	b := make([]byte, ps)
-	if _, err := f.ReadAt(b, int64(n)*ps); err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 // killOnce runs a process until it is killed: by a failpoint, or, without any, from here. Then it looks at the file.
-func killOnce(t *testing.T, f, mem *os.File, spec string, rng *rand.Rand) {
+func killOnce(t *testing.T, f kept, mem *os.File, spec string, rng *rand.Rand) {
 	t.Helper()
 	out, in, err := os.Pipe()
 	if err != nil {
@@ -114,7 +162,7 @@ func killOnce(t *testing.T, f, mem *os.File, spec string, rng *rand.Rand) {
 	}
 	defer out.Close()
 	c, err := os.StartProcess(os.Args[0], []string{os.Args[0], "-test.run=^TestKilled$", "-test.timeout=60s"},
-		&os.ProcAttr{Env: append(os.Environ(), killedEnv+"="+spec, "GORACE=atexit_sleep_ms=0"), Files: []*os.File{nil, in, os.Stderr, f, mem}})
+		&os.ProcAttr{Env: append(os.Environ(), killedEnv+"="+f.manager+" "+spec, "GORACE=atexit_sleep_ms=0"), Files: []*os.File{nil, in, os.Stderr, f.f, mem}})
 	in.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -132,7 +180,7 @@ func killOnce(t *testing.T, f, mem *os.File, spec string, rng *rand.Rand) {
 	}
 	p := mapPromises(t, mem)
 	for n := range killedPages {
-		got := inFile(t, f, n)
+		got := f.page(t, n)
 		v := binary.LittleEndian.Uint64(got)
 		switch {
 		case !bytes.Equal(got, page(v)):
@@ -145,9 +193,18 @@ func killOnce(t *testing.T, f, mem *os.File, spec string, rng *rand.Rand) {
 
 // beKilled returns and synchronises pages until it is killed.
 func beKilled(t *testing.T, spec string) {
-	f, mem := os.NewFile(3, "file"), os.NewFile(4, "memory")
+	mem := os.NewFile(4, "memory")
 	p := mapPromises(t, mem)
-	m, err := File(f, killedPages*ps, &Options{Log: quiet})
+	manager, spec, _ := strings.Cut(spec, " ")
+	f, err := os.OpenFile("/proc/self/fd/3", os.O_RDWR, 0) // the lock of one that is inherited would outlive this process
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := File
+	if manager == "checked" {
+		open = Checked
+	}
+	m, err := open(f, killedPages*ps, &Options{Log: quiet})
 	if err == nil {
 		err = failpoint.Arm(spec)
 	}
