@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -19,15 +18,20 @@ import (
 	"machpager/region/spawn"
 )
 
-func init() { tasks["durable"] = durableTask }
+func init() {
+	tasks["durable"] = durableTask
+	tasks["durableread"] = func(c *conn) error {
+		return withPager(func(ctx context.Context, p *region.Pager) error { return durableRead(c, ctx, p) })(c)
+	}
+}
 
 const (
 	durablePages   = 1024
 	durableWriters = 4
 )
 
-// durableArg names the file behind the object, and the one with the promises.
-type durableArg struct{ File, Promises string }
+// durableArg names the manager of the object, the file behind it, and the one with the promises.
+type durableArg struct{ Manager, File, Promises string }
 
 // promise is what a task knows of a page when it dies: the version that it began to write last, and the one that Sync made safe.
 type promise struct{ given, safe uint64 }
@@ -64,7 +68,7 @@ func durableTask(c *conn) error {
 	if err != nil {
 		return err
 	}
-	_, r, err := mapFile(ctx, p, f, region.ObjectOptions{}, nil)
+	r, err := p.Allocate(ctx, durablePages*4096, &region.AllocateOptions{ObjectOptions: region.ObjectOptions{Manager: arg.Manager, File: f}})
 	if err != nil {
 		return err
 	}
@@ -105,12 +109,21 @@ func durableWriter(ctx context.Context, r *region.Region, known *[durablePages]p
 // TestDurable kills the guardian, the pager and the task at one instant, while the task changes and synchronises. What was synchronised is in the file, or what was
 // written there later; never anything older, and never anything else.
 func TestDurable(t *testing.T) {
+	for _, manager := range []string{"file", "checked"} {
+		t.Run(manager, func(t *testing.T) { testDurable(t, manager) })
+	}
+}
+
+func testDurable(t *testing.T, manager string) {
 	dir := t.TempDir()
-	arg := durableArg{File: filepath.Join(dir, "file"), Promises: filepath.Join(dir, "promises")}
+	arg := durableArg{manager, filepath.Join(dir, "file"), filepath.Join(dir, "promises")}
 	rng := rand.New(rand.NewPCG(4, 4))
 	var safe, later int
 	for round := range 6 {
 		for path, size := range map[string]int64{arg.File: durablePages * 4096, arg.Promises: durablePages * 16} {
+			if path == arg.File && manager == "checked" {
+				size = 0
+			}
 			err := os.WriteFile(path, nil, 0o600)
 			if err := firstOf(err, os.Truncate(path, size)); err != nil {
 				t.Fatal(err)
@@ -138,14 +151,7 @@ func TestDurable(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := os.Open(arg.File)
-		if err != nil {
-			t.Fatal(err)
-		}
-		b, err := io.ReadAll(f)
-		if err := firstOf(err, f.Close()); err != nil {
-			t.Fatal(err)
-		}
+		b := durableContents(t, arg)
 		for i, p := range known {
 			for off := 0; off < 4096; off += 8 { // what was being written is torn where the program was
 				if v := binary.LittleEndian.Uint64(b[i*4096+off:]); v < p.safe || v > p.given {
@@ -167,4 +173,46 @@ func TestDurable(t *testing.T) {
 	if safe == 0 {
 		t.Error("nothing was synchronised")
 	}
+}
+
+// durableContents is what another pager finds in the file.
+func durableContents(t *testing.T, arg durableArg) []byte {
+	t.Helper()
+	if arg.Manager == "file" {
+		b, err := os.ReadFile(arg.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	k := start(t, "durableread", nil)
+	k.send(arg)
+	var b []byte
+	k.recv(&b)
+	k.wait()
+	if len(b) != durablePages*4096 {
+		t.Fatalf("the object has %d bytes", len(b))
+	}
+	return b
+}
+
+func durableRead(c *conn, ctx context.Context, p *region.Pager) error {
+	var arg durableArg
+	if err := c.recv(&arg); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(arg.File, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	r, err := p.Allocate(ctx, 0, &region.AllocateOptions{ObjectOptions: region.ObjectOptions{Manager: arg.Manager, File: f}})
+	if err != nil {
+		return err
+	}
+	b := make([]byte, r.Size())
+	if _, err := r.ReadAt(b, 0); err != nil {
+		return err
+	}
+	return firstOf(c.send(b), r.Close())
 }

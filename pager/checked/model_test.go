@@ -327,7 +327,7 @@ func TestModel(t *testing.T) {
 	base, begun := uint64(time.Now().UnixNano()), time.Now()
 	soak, _ := time.ParseDuration(os.Getenv("MACHPAGER_SOAK"))
 	n := uint64(0)
-	for ; n < 1000 || time.Since(begun) < soak; n++ {
+	for ; n < 1000 && time.Since(begun) < 3*time.Second || time.Since(begun) < soak; n++ {
 		if err := newModel(base + n).run(40); err != nil {
 			t.Fatalf("%v\n%s=%d go test -run TestModel", err, seedEnv, base+n)
 		}
@@ -406,7 +406,7 @@ func (g *together) live(t *testing.T, f *File, seed uint64) {
 func TestTogether(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
-	for range 60 {
+	for begun := time.Now(); time.Since(begun) < 3*time.Second; {
 		seed++
 		rng := rand.New(rand.NewPCG(seed, 0))
 		d, g := newSimDisk(rng), &together{}
