@@ -147,6 +147,18 @@ func TestModel(t *testing.T) {
 					t.Fatalf("%d frames were given, %d wanted, %d resident", got, want, before)
 				}
 			},
+			"next": func(t *rapid.T) {
+				seen := map[frameOf]bool{}
+				for _, r := range m.p.Next(rapid.Int64Range(1, 200).Draw(t, "want"), nil) {
+					for f := r.First; f < r.First+r.N; f++ {
+						at := frameOf{r.Object, f}
+						if _, ok := m.resident[at]; !ok || seen[at] {
+							t.Fatalf("%v is to be a victim, and is not resident, or twice", r)
+						}
+						seen[at] = true
+					}
+				}
+			},
 			"keep": func(t *rapid.T) {
 				for _, r := range m.last {
 					if rapid.Bool().Draw(t, "keep") {
@@ -200,6 +212,44 @@ func TestKeepReachesAll(t *testing.T) {
 					t.Fatalf("%s: frame %d is never a victim when the others are kept", name, wanted)
 				}
 			}
+		}
+	}
+}
+
+// TestNext: while nothing else happens, what is forecast are the victims, one after the other, of all levels.
+func TestNext(t *testing.T) {
+	for _, name := range Names() {
+		p, err := New(name, Options{Capacity: 256, Seed: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		rnd := rand.New(rand.NewPCG(3, 4))
+		resident := map[int64]bool{}
+		for range 20000 {
+			f := 2 * min(rnd.Int64N(400), rnd.Int64N(400)) // no neighbours, which would go along
+			if resident[f] {
+				continue
+			}
+			if len(resident) == 256 {
+				delete(resident, p.Victims(1, nil)[0].First)
+			}
+			p.Fill(Run{1, f, 1}, 1, f)
+			resident[f] = true
+		}
+		p.Cold(Run{1, 10, 1})
+		next := p.Next(100, nil)
+		if len(next) < 100 {
+			t.Fatalf("%s: %d frames are forecast, want 100", name, len(next))
+		}
+		right := 0
+		for _, want := range next {
+			if got := p.Victims(1, nil)[0]; got == want {
+				right++
+			}
+		}
+		// Evictions teach, and may change a level's term on the way.
+		if name == "fifo" && right != len(next) || right < 90 {
+			t.Errorf("%s: %d of %d victims were as forecast", name, right, len(next))
 		}
 	}
 }

@@ -22,26 +22,26 @@ func (q *queues) victim() uint32 {
 	if i := q.queues[coldQueue].head; i != 0 {
 		return i
 	}
-	i, age := q.oldest()
+	i, age := q.oldest(&q.queues)
 	if i != 0 && age == 0 { // all that is resident was kept since the last Fill: it is the first one's turn again
 		q.clock++
-		i, _ = q.oldest()
+		i, _ = q.oldest(&q.queues)
 	}
 	return i
 }
 
 // oldest is the head of greatest age, 0 if there is none. Age 0 is what was kept: others go first, whatever their level.
-func (q *queues) oldest() (uint32, uint64) {
-	best, bestAge, resident := uint32(0), uint64(0), q.queues[0].frames
+func (q *queues) oldest(all *[maxQueues]queue) (uint32, uint64) {
+	best, bestAge, resident := uint32(0), uint64(0), all[0].frames
 	for k := 1; k < q.levels; k++ {
-		resident += q.queues[k].frames
-		if i := q.queues[k].head; i != 0 {
+		resident += all[k].frames
+		if i := all[k].head; i != 0 {
 			if a := q.age(q.table.at(i)); best == 0 || a > bestAge {
 				best, bestAge = i, a
 			}
 		}
 	}
-	fresh := &q.queues[0]
+	fresh := &all[0]
 	few := fresh.frames*newShare <= resident || fresh.units <= newUnits && fresh.frames*2 <= resident
 	if fresh.head == 0 || few && bestAge > 0 {
 		return best, bestAge
@@ -91,6 +91,34 @@ func (q *queues) Victims(want int64, dst []Run) []Run {
 		q.stats.Victims += r.N
 		q.stats.Runs++
 		dst = append(dst, r)
+	}
+	return dst
+}
+
+func (q *queues) Next(want int64, dst []Run) []Run {
+	q.lock()
+	defer q.mu.Unlock()
+	ahead := q.queues // the same lists; the heads go on in the copy
+	for last := -1; want > 0; {
+		i := ahead[coldQueue].head
+		if i == 0 {
+			if i, _ = q.oldest(&ahead); i == 0 {
+				break
+			}
+		}
+		u := q.table.at(i)
+		l, n := &ahead[u.queue()], u.frames()
+		l.head, l.frames, l.units = u.next, l.frames-n, l.units-1
+		if u.place&touched != 0 && q.secondStay(u) {
+			continue
+		}
+		want -= n
+		if last >= 0 && dst[last].Object == u.object && dst[last].First+dst[last].N == u.frame() {
+			dst[last].N += n
+			continue
+		}
+		last = len(dst)
+		dst = append(dst, Run{Object: u.object, First: u.frame(), N: n})
 	}
 	return dst
 }

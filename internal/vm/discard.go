@@ -133,11 +133,11 @@ func (o *Object) discarded(d *dataReturn, result emm.KernReturn) {
 			failpoint.Here("discard.punched")
 			o.finishRun(p, end, page.Punched)
 		case result != emm.Success:
-			o.notStored(p, end, d.op)
+			o.notStored(p, end, d.op.victims)
 		default:
 			for q := p; q < end; q++ {
 				if o.storedEvict(q) {
-					o.punch(q, q+1, d.op)
+					o.punch(q, q+1, d.op.victims)
 				} else if _, _, eff := o.step(q, page.FaultWP); eff == page.Unprotect {
 					o.end(q, page.Granted) // wired meanwhile: it keeps its contents, which the manager has no more
 				}

@@ -21,6 +21,7 @@ type storeFailing struct {
 	told  time.Time     // guarded by mu; when it was logged
 	well  bool          // guarded by mu; nothing failed since told
 	run   atomic.Int64  // pages returned at once; 0: no limit
+	late  atomic.Int64  // returns that may yet complete in the call until the manager counts as one that stores at once
 }
 
 const (
@@ -87,6 +88,21 @@ func (f *storeFailing) most() int64 {
 	}
 	return math.MaxInt64
 }
+
+// lateFor is how many returns in a row must complete in the call itself before nothing is cleaned ahead any more.
+const lateFor = 64
+
+// answers notes whether the manager has completed a return before the call that made it came back.
+func (f *storeFailing) answers(late bool) {
+	if late {
+		f.late.Store(lateFor)
+	} else if f.late.Load() > 0 {
+		f.late.Add(-1)
+	}
+}
+
+// takesTime reports whether the manager takes longer to store a page than the page-out daemon is in the call.
+func (f *storeFailing) takesTime() bool { return f.late.Load() > 0 }
 
 // failings are what is known of each manager's store.
 type failings struct {

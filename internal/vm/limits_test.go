@@ -165,7 +165,7 @@ func TestStuckFrames(t *testing.T) {
 		t.Fatal(n, err)
 	}
 	o.begin(3, page.BeginEvict)
-	o.punch(3, 4, &lockOp{})
+	o.punch(3, 4, false)
 	if n := o.stuck.Load(); n != 16 || o.resident.Load() != 32*16 {
 		t.Fatalf("%d frames are stuck, %d reserved, want the 16 of a page of which the folio is held", n, o.resident.Load())
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"machpager/internal/failpoint"
@@ -20,14 +21,15 @@ type lockOp struct {
 	victims bool   // immutable; of the page-out daemon: nobody waits, the policy has forgotten the pages
 	ending  bool   // immutable; the object ends
 	own     bool   // immutable; of the page-out daemon, for room under the object's maximum: nobody waits
+	ahead   bool   // immutable; of the cleaner: nobody waits, the pages stay
 	buf     []byte // the beginner's alone: what the next return goes into; nil: none was taken yet
 	wg      sync.WaitGroup
 	mu      sync.Mutex
 	err     emm.KernReturn // guarded by mu: the first failure
 }
 
-// daemon reports whether it is the page-out daemon's, which waits for nothing.
-func (op *lockOp) daemon() bool { return op.victims || op.own }
+// daemon reports whether it is the page-out daemon's or the cleaner's, which wait for nothing.
+func (op *lockOp) daemon() bool { return op.victims || op.own || op.ahead }
 
 func (op *lockOp) done(kr emm.KernReturn) {
 	op.mu.Lock()
@@ -48,7 +50,10 @@ type dataReturn struct {
 	start    time.Time
 	reported bool  // guarded by Object.reqMu
 	counted  bool  // guarded by Object.reqMu: its frames are among those that are on their way
-	n        int64 // immutable; these frames
+	n        int64 // guarded by Object.reqMu: these frames
+	// guarded by Object.reqMu while it is out, then of who ends it: the pages that have become victims while they were cleaned ahead; nil: none
+	victims []bool
+	over    atomic.Bool // completed
 }
 
 // PageOut returns what is dirty or precious of the bytes [off, off+n) to the manager, waits until it has it, and lets go of the pages: the next touch is a
@@ -218,9 +223,9 @@ func (o *Object) pushRun(ctx context.Context, a, b int64, flush bool, op *lockOp
 		}
 		switch {
 		case s == page.Evicting:
-			o.punch(p, end, op)
+			o.punch(p, end, op.victims)
 		case failed != nil:
-			o.notStored(p, end, op)
+			o.notStored(p, end, op.victims)
 		default:
 			failed = o.giveBack(ctx, p, end, flush, op)
 		}
@@ -235,7 +240,7 @@ func (o *Object) giveBack(ctx context.Context, a, b int64, flush bool, op *lockO
 	if bind == nil {
 		var err error
 		if bind, err = o.adoptManager(); err != nil {
-			o.notStored(a, b, op)
+			o.notStored(a, b, op.victims)
 			return err
 		}
 	}
@@ -251,14 +256,14 @@ func (o *Object) giveBack(ctx context.Context, a, b int64, flush bool, op *lockO
 			buf, err = o.vm.bufs.get(ctx, n, &o.lent)
 		}
 		if err != nil {
-			o.notStored(a, b, op)
+			o.notStored(a, b, op.victims)
 			return fmt.Errorf("page out: wait for a buffer: %w", err)
 		}
 	}
 	data := buf[:n]
 	if err := o.file.ReadAt(data, a<<o.shift); err != nil {
 		o.vm.bufs.put(buf, &o.lent)
-		o.notStored(a, b, op)
+		o.notStored(a, b, op.victims)
 		return fmt.Errorf("page out: read frames: %w", err)
 	}
 	failpoint.Here("pageout.read")
@@ -292,7 +297,7 @@ func (o *Object) send(bind *binding, d *dataReturn, data []byte, first, owns boo
 		data = append([]byte(nil), data...) // rare: first and later hand-overs side by side
 	}
 	d.op.wg.Add(1)
-	d.n, d.counted = int64(o.framesOf(d.b-d.a)), d.op.daemon()
+	d.n, d.counted = int64(o.framesOf(d.b-d.a)), d.op.victims || d.op.own
 	if d.counted {
 		o.vm.inflight.Add(d.n)
 		o.room.leaving.Add(d.n)
@@ -308,6 +313,11 @@ func (o *Object) send(bind *binding, d *dataReturn, data []byte, first, owns boo
 	} else {
 		kr = bind.manager.DataReturn(bind.head(o), d.a<<o.shift, data, true, !d.flush)
 	}
+	late := !d.over.Load()
+	bind.failing.answers(late)
+	if late && d.op.victims {
+		o.vm.cleaner.dirty.Store(true)
+	}
 	if kr.Err() != nil { // it dropped the data: nothing will come
 		o.control.ReturnCompleted(emm.Run{Off: d.a << o.shift, Size: (d.b - d.a) << o.shift}, kr)
 	}
@@ -321,6 +331,7 @@ func (o *Object) takeReturn(a, b int64) *dataReturn {
 		if d.a == a && d.b == b {
 			o.returns[i] = o.returns[len(o.returns)-1]
 			o.returns = o.returns[:len(o.returns)-1]
+			d.over.Store(true)
 			return d
 		}
 	}
@@ -352,34 +363,42 @@ func (o *Object) returned(d *dataReturn, result emm.KernReturn) {
 	case result != emm.Success:
 		o.vm.counters.notStored.Add(d.b - d.a)
 		o.failing().failed(o, result)
-		o.notStored(d.a, d.b, d.op)
-	case !d.flush:
-		o.failing().works(o)
-		o.finishRun(d.a, d.b, page.Stored)
+		d.runs(o.notStored)
 	default:
 		o.failing().works(o)
-		for p := d.a; p < d.b; {
-			end := p
-			for end < d.b && o.storedEvict(end) {
-				end++
+		d.runs(func(a, b int64, victims bool) {
+			if d.flush || victims {
+				o.evictStored(a, b, victims)
+			} else {
+				o.finishRun(a, b, page.Stored)
 			}
-			if end > p {
-				failpoint.Here("pageout.stored")
-				o.punch(p, end, d.op)
-				p = end
-				continue
-			}
-			if d.op.victims {
-				o.keep(p, p+1)
-			}
-			p++
-		}
+		})
 	}
 }
 
-// notStored ends Cleaning for pages whose contents the manager does not have: they stay resident and dirty.
-func (o *Object) notStored(a, b int64, op *lockOp) {
-	if op.victims {
+// evictStored lets go of the pages [a, b), which are Cleaning, and which the manager has. victims: the policy has forgotten them.
+func (o *Object) evictStored(a, b int64, victims bool) {
+	for p := a; p < b; {
+		end := p
+		for end < b && o.storedEvict(end) {
+			end++
+		}
+		if end > p {
+			failpoint.Here("pageout.stored")
+			o.punch(p, end, victims)
+			p = end
+			continue
+		}
+		if victims {
+			o.keep(p, p+1)
+		}
+		p++
+	}
+}
+
+// notStored ends Cleaning for pages whose contents the manager does not have: they stay resident and dirty. victims: the policy has forgotten them.
+func (o *Object) notStored(a, b int64, victims bool) {
+	if victims {
 		o.vm.policy.Keep(o.frameRun(a, b), int64(o.framesOf(1)))
 	}
 	o.finishRun(a, b, page.NotStored)
@@ -395,8 +414,8 @@ func (o *Object) storedEvict(p int64) bool {
 }
 
 // punch takes the pages [a, b), which are Evicting, out of the file. What will not go (somebody holds the folio) stays charged, and is found again by scrub.
-func (o *Object) punch(a, b int64, op *lockOp) {
-	if !op.victims {
+func (o *Object) punch(a, b int64, victims bool) {
+	if !victims {
 		o.vm.policy.Forget(o.frameRun(a, b))
 	}
 	left, err := o.file.Punch(a<<o.shift, (b-a)<<o.shift)

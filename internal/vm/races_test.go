@@ -27,8 +27,9 @@ func ends(t *testing.T, d time.Duration, what string, fn func()) {
 // holder is a shelf that completes returns only when it is told to.
 type holder struct {
 	shelf
-	held chan func() // a completion each
-	hold atomic.Bool
+	held   chan func() // a completion each
+	hold   atomic.Bool
+	result emm.KernReturn // of the completions; Success
 }
 
 func (s *holder) DataReturn(h emm.Head, off int64, data []byte, dirty, kernelCopy bool) emm.KernReturn {
@@ -41,7 +42,7 @@ func (s *holder) DataReturn(h emm.Head, off int64, data []byte, dirty, kernelCop
 	}
 	s.mu.Unlock()
 	n := int64(len(data))
-	s.held <- func() { h.Control.ReturnCompleted(emm.Run{Off: off, Size: n}, emm.Success) }
+	s.held <- func() { h.Control.ReturnCompleted(emm.Run{Off: off, Size: n}, s.result) }
 	return emm.Success
 }
 

@@ -77,8 +77,10 @@ func (v *VM) pageout() {
 			begun, now := int64(0), time.Now()
 			if now.After(look) {
 				var rested bool
+				begun, rested = v.evict(want, now)
+				v.evictedSome(begun)
 				// Where managers rest, all that is resident may be looked at for a clean page. In vain that is not to take more than a twentieth of the time.
-				if begun, rested = v.evict(want, now); rested && begun == 0 {
+				if rested && begun == 0 {
 					look = time.Now().Add(max(time.Millisecond, 20*time.Since(now)))
 				}
 			}
@@ -166,7 +168,11 @@ func (o *Object) evict(a, b int64, clean bool) int64 {
 			end++
 		}
 		if end == p {
-			o.keep(p, p+1)
+			if o.goWhenStored(p) {
+				begun += int64(o.framesOf(1))
+			} else {
+				o.keep(p, p+1)
+			}
 			p++
 			continue
 		}

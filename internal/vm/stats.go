@@ -10,7 +10,7 @@ import (
 
 // counters of the vm; all count events since its start.
 type counters struct {
-	bugs, deferred, noMemory, foreign, extents, unasked, thrownAway, notStored, scrubbed atomic.Int64
+	bugs, deferred, noMemory, foreign, extents, unasked, thrownAway, notStored, scrubbed, cleanedAhead atomic.Int64
 }
 
 type objectCounters struct{ completed, returned, evicted atomic.Int64 }
@@ -26,25 +26,26 @@ type mappingCounters struct {
 
 // Stats of a vm. Counts are since its start.
 type Stats struct {
-	Objects    int   `json:"objects"`
-	Tasks      int   `json:"tasks"`
-	Mappings   int   `json:"mappings"`
-	Deferred   int64 `json:"deferred"`    // faults that found no frame or too many requests outstanding
-	NoMemory   int64 `json:"no_memory"`   // fills that the kernel refused for want of memory, though frames were reserved
-	Foreign    int64 `json:"foreign"`     // frames found in a file that nobody of ours put there
-	Extents    int64 `json:"extents"`     // whole extents filled as one folio
-	Unasked    int64 `json:"unasked"`     // pages answered that nobody had asked for
-	ThrownAway int64 `json:"thrown_away"` // dirty pages that a task took out of its file
-	NotStored  int64 `json:"not_stored"`  // pages that a manager did not store
-	Strangers  int64 `json:"strangers"`   // faults at addresses that no mapping has
-	Bugs       int64 `json:"bugs"`        // broken invariants
+	Objects      int   `json:"objects"`
+	Tasks        int   `json:"tasks"`
+	Mappings     int   `json:"mappings"`
+	Deferred     int64 `json:"deferred"`      // faults that found no frame or too many requests outstanding
+	NoMemory     int64 `json:"no_memory"`     // fills that the kernel refused for want of memory, though frames were reserved
+	Foreign      int64 `json:"foreign"`       // frames found in a file that nobody of ours put there
+	Extents      int64 `json:"extents"`       // whole extents filled as one folio
+	Unasked      int64 `json:"unasked"`       // pages answered that nobody had asked for
+	ThrownAway   int64 `json:"thrown_away"`   // dirty pages that a task took out of its file
+	NotStored    int64 `json:"not_stored"`    // pages that a manager did not store
+	CleanedAhead int64 `json:"cleaned_ahead"` // dirty pages that were returned before they were victims
+	Strangers    int64 `json:"strangers"`     // faults at addresses that no mapping has
+	Bugs         int64 `json:"bugs"`          // broken invariants
 }
 
 // Stats counts.
 func (v *VM) Stats() Stats {
 	c := &v.counters
 	s := Stats{Deferred: c.deferred.Load(), NoMemory: c.noMemory.Load(), Foreign: c.foreign.Load(), Extents: c.extents.Load(), Unasked: c.unasked.Load(),
-		ThrownAway: c.thrownAway.Load(), NotStored: c.notStored.Load(), Bugs: c.bugs.Load()}
+		ThrownAway: c.thrownAway.Load(), NotStored: c.notStored.Load(), CleanedAhead: c.cleanedAhead.Load(), Bugs: c.bugs.Load()}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	s.Objects, s.Tasks = len(v.objects), len(v.tasks)

@@ -121,6 +121,7 @@ type VM struct {
 	inflight atomic.Int64 // frames of victims that managers have not stored yet
 	crowded  atomic.Bool  // an object is near its maximum
 
+	cleaner   cleaner
 	dealing   dealing     // the page-out daemon's alone
 	contended atomic.Bool // some objects are spared: see share.go
 
@@ -171,6 +172,7 @@ func New(o Options) (*VM, error) {
 		return nil, fmt.Errorf("new vm: %w", err)
 	}
 	v.heals.some = make(chan struct{}, 1)
+	v.cleaner.kick = make(chan struct{}, 1)
 	v.ctx, v.cancel = context.WithCancel(context.Background())
 	v.adopting.Store(o.Adopting)
 	if !o.Adopting {
@@ -183,6 +185,7 @@ func New(o Options) (*VM, error) {
 // begin starts what goes on by itself.
 func (v *VM) begin() {
 	v.bg.Go(v.pageout)
+	v.bg.Go(v.cleanAhead)
 	v.bg.Go(v.serveHeals)
 	v.bg.Go(v.watchRequests)
 }
