@@ -25,19 +25,6 @@ func init() {
 	tasks["readonly"] = withPager(readOnly)
 }
 
-// withPager is a task that starts a pager, runs f, and closes the pager.
-func withPager(f func(ctx context.Context, p *region.Pager) error) func(*conn) error {
-	return func(*conn) error {
-		ctx := context.Background()
-		p, err := open(ctx, "")
-		if err != nil {
-			return err
-		}
-		defer p.Close()
-		return firstOf(f(ctx, p), p.Close())
-	}
-}
-
 func TestSystemCalls(t *testing.T)      { run(t, "syscalls", nil, nil, nil) }
 func TestSizes(t *testing.T)            { run(t, "sizes", nil, nil, nil) }
 func TestSparse(t *testing.T)           { run(t, "sparse", nil, nil, nil) }

@@ -18,7 +18,7 @@ import (
 
 func init() {
 	tasks["mover"] = mover
-	tasks["bereaved"] = bereaved
+	tasks["bereaved"] = using(bereaved)
 	tasks["remembers"] = remembers
 }
 
@@ -72,21 +72,8 @@ func mover(*conn) error {
 func TestMovedSurvives(t *testing.T) { run(t, "mover", nil, nil, nil) }
 
 // bereaved has an object and memory of its own, half of it paged out, and then waits to be told to touch all of it. It tells what that came to.
-func bereaved(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
-	o, err := p.ObjectCreate(ctx, 1<<20, nil)
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+func bereaved(ctx context.Context, c *conn, p *region.Pager, _ At) error {
+	_, r, err := create(ctx, p, 1<<20, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -94,8 +81,7 @@ func bereaved(c *conn) error {
 	if err := firstOf(r.Wire(ctx, 0, 64<<10), r.PageOut(ctx, 512<<10, 512<<10), c.send(true)); err != nil {
 		return err
 	}
-	var goOn bool
-	if err := c.recv(&goOn); err != nil {
+	if err := c.await(); err != nil {
 		return err
 	}
 	out := ""
@@ -114,20 +100,13 @@ func bereaved(c *conn) error {
 // TestTaskDiesMeanwhile: what a task had that died between two pagers is given back by the second.
 func TestTaskDiesMeanwhile(t *testing.T) {
 	socket, _ := pagerAt(t, pagerOptions{Served: true, Dir: t.TempDir(), Restarts: restarts, Failpoints: "next:daemon.adopt.objects=1:sleep300ms"})
-	p, err := region.Dial(t.Context(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	defer p.Close()
-	before, err := p.Info(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	before := infoOf(t, p)
 	held := guardianHolds(before.GuardianPID)
 	k := start(t, "bereaved", nil)
-	k.send(socket)
-	var ready bool
-	k.recv(&ready)
+	k.send(At{socket})
+	k.ready()
 	if err := syscall.Kill(before.PagerPID, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -145,13 +124,9 @@ func TestTaskDiesMeanwhile(t *testing.T) {
 func TestKeepsDying(t *testing.T) {
 	socket, _ := pagerAt(t, pagerOptions{Served: true, Dir: t.TempDir(), Restarts: 3, Failpoints: "daemon.adopt.sessions=1"})
 	k := start(t, "bereaved", nil)
-	k.send(socket)
-	var ready bool
-	k.recv(&ready)
-	p, err := region.Dial(t.Context(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	k.send(At{socket})
+	k.ready()
+	p := dial(t, socket)
 	defer p.Close()
 	if _, err := killPager(t.Context(), p); !errors.Is(err, region.ErrPagerGone) {
 		t.Errorf("after the last pager: %v", err)

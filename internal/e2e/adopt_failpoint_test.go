@@ -17,26 +17,14 @@ import (
 	"machpager/region"
 )
 
-func init() { tasks["stepper"] = stepper }
+func init() { tasks["stepper"] = using(stepper) }
 
 // stepper makes one of each call that leaves something behind, checks every byte on the way, and gives all back.
-func stepper(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+func stepper(ctx context.Context, _ *conn, p *region.Pager, _ At) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	const page, size = 4096, 64*4096 - 100 // the last page is partial
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
-	o, err := p.ObjectCreate(ctx, size, nil)
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	o, r, err := create(ctx, p, size, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -102,11 +90,7 @@ func stepper(c *conn) error {
 	if err := f.Truncate(size); err != nil {
 		return err
 	}
-	fo, err := p.ObjectCreate(ctx, 0, &region.ObjectOptions{Manager: "file", File: f})
-	if err != nil {
-		return err
-	}
-	fr, err := fo.Map(ctx, nil)
+	fo, fr, err := mapFile(ctx, p, f, region.ObjectOptions{}, nil)
 	if err != nil {
 		return err
 	}
@@ -129,7 +113,7 @@ func stepper(c *conn) error {
 	for end := time.Now().Add(5 * time.Second); err == nil && check(got, 0, 4) != nil && time.Now().Before(end); got, err = os.ReadFile(f.Name()) {
 		time.Sleep(10 * time.Millisecond)
 	}
-	return firstOf(err, check(got, 0, 4), p.Close())
+	return firstOf(err, check(got, 0, 4))
 }
 
 // daemonFailpoints are all that are in the code.
@@ -180,15 +164,9 @@ func TestFailpoints(t *testing.T) {
 				points = ";" + points
 			}
 			socket, pager := pagerAt(t, pagerOptions{Served: true, Store: "file", Dir: t.TempDir(), Restarts: restarts, Settled: 1, Failpoints: points})
-			p, err := region.Dial(t.Context(), socket, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
+			p := dial(t, socket)
 			defer p.Close()
-			before, err := p.Info(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
+			before := infoOf(t, p)
 			guardian := before.GuardianPID
 			held := guardianHolds(guardian)
 			deaths := 1
@@ -198,14 +176,11 @@ func TestFailpoints(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			run(t, "stepper", socket, nil, nil)
+			run(t, "stepper", At{socket}, nil, nil)
 			var after region.Info
 			var now map[string]int
 			for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
-				if after, err = p.Info(t.Context()); err != nil {
-					t.Fatal(err)
-				}
-				now = guardianHolds(guardian)
+				after, now = infoOf(t, p), guardianHolds(guardian)
 				if after.Objects == 0 && after.Resident == 0 && after.PagingFree == after.PagingTotal && fmt.Sprint(now) == fmt.Sprint(held) {
 					break
 				}

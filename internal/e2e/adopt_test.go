@@ -22,9 +22,9 @@ import (
 )
 
 func init() {
-	tasks["survivor"] = survivor
-	tasks["sharer"] = sharer
-	tasks["pauses"] = pauses
+	tasks["survivor"] = told(survivor)
+	tasks["sharer"] = using(sharer)
+	tasks["pauses"] = using(pauses)
 }
 
 // restarts is how many deaths a pager of these tests may die: more than they kill.
@@ -65,28 +65,15 @@ func check(b []byte, off int64, v uint64) error {
 }
 
 type sharerArg struct {
-	Socket string
-	Port   emm.Port
-	Size   int64
+	At
+	Port emm.Port
+	Size int64
 }
 
 // sharer maps an object, and reads and writes its second half whenever it is told a version: it finds what it wrote last, and the first half of version
 // v-1 by the other task.
-func sharer(c *conn) error {
-	var arg sharerArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
-	o, err := p.ObjectOpen(ctx, arg.Port)
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+func sharer(ctx context.Context, c *conn, p *region.Pager, arg sharerArg) error {
+	o, r, err := share(ctx, p, arg.Port, arg.Size, nil)
 	if err != nil {
 		return err
 	}
@@ -97,7 +84,7 @@ func sharer(c *conn) error {
 			return err
 		}
 		if v == 0 {
-			return firstOf(r.Close(), o.Close(), p.Close())
+			return firstOf(r.Close(), o.Close())
 		}
 		err := check(r.Bytes()[:half], 0, v-1)
 		if err == nil && v > 1 {
@@ -120,11 +107,7 @@ type survivorArg struct {
 }
 
 // survivor has a pager of its own, which it shares with a sharer, and kills it again and again: everything there is goes on.
-func survivor(c *conn) error {
-	var arg survivorArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func survivor(c *conn, arg survivorArg) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	const page, size, budget = 4096, 8 << 20, 2 << 20
@@ -133,11 +116,7 @@ func survivor(c *conn) error {
 		return err
 	}
 	// What is shared, four times the budget.
-	shared, err := p.ObjectCreate(ctx, size, nil)
-	if err != nil {
-		return err
-	}
-	mem, err := shared.Map(ctx, nil)
+	shared, mem, err := create(ctx, p, size, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -146,11 +125,10 @@ func survivor(c *conn) error {
 		return err
 	}
 	fill(mem.Bytes()[:size/2], 0, 0)
-	if err := c.send(sharerArg{filepath.Join(arg.Dir, "pager.sock"), shared.Port(), size}); err != nil {
+	if err := c.send(sharerArg{At{filepath.Join(arg.Dir, "pager.sock")}, shared.Port(), size}); err != nil {
 		return err
 	}
-	var other bool
-	if err := c.recv(&other); err != nil {
+	if err := c.await(); err != nil {
 		return err
 	}
 	// An object over a file.
@@ -164,15 +142,11 @@ func survivor(c *conn) error {
 	if err != nil {
 		return err
 	}
-	fo, err := p.ObjectCreate(ctx, 0, &region.ObjectOptions{Manager: "file", File: f})
+	fo, fm, err := mapFile(ctx, p, f, region.ObjectOptions{}, nil)
 	if err != nil {
 		return err
 	}
 	f.Close()
-	fm, err := fo.Map(ctx, nil)
-	if err != nil {
-		return err
-	}
 	// Memory of its own, wired in part, and of the sizes that the pager treats apart.
 	own, err := p.Allocate(ctx, 64*page, nil)
 	if err != nil {
@@ -187,11 +161,7 @@ func survivor(c *conn) error {
 		return err
 	}
 	fill(huge.Bytes(), 0, 2)
-	shrunk, err := p.ObjectCreate(ctx, 64*page, nil)
-	if err != nil {
-		return err
-	}
-	sm, err := shrunk.Map(ctx, nil)
+	shrunk, sm, err := create(ctx, p, 64*page, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -233,11 +203,7 @@ func survivor(c *conn) error {
 		work("page out", func(i int) error { return mem.PageOut(ctx, int64(i%8)<<20, 1<<20) })
 		work("wire", func(i int) error { return firstOf(own.Wire(ctx, 32*page, 8*page), own.Unwire(ctx, 32*page, 8*page)) })
 		work("create and map", func(i int) error {
-			o, err := p.ObjectCreate(ctx, 4*page, nil)
-			if err != nil {
-				return err
-			}
-			r, err := o.Map(ctx, nil)
+			o, r, err := create(ctx, p, 4*page, nil, nil)
 			if err != nil {
 				return err
 			}
@@ -394,33 +360,14 @@ func TestSurvives(t *testing.T) {
 }
 
 type pausesArg struct {
-	Socket string
-	Port   emm.Port
-	Size   int64
-	Rounds int
+	At
+	Port emm.Port
+	Size int64
 }
 
 // pauses faults on resident pages as fast as it can, and tells the longest that one access took in each round.
-func pauses(c *conn) error {
-	var arg pausesArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
-	var o *region.Object
-	if arg.Port.IsNull() {
-		o, err = p.ObjectCreate(ctx, arg.Size, nil)
-	} else {
-		o, err = p.ObjectOpen(ctx, arg.Port)
-	}
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+func pauses(ctx context.Context, c *conn, p *region.Pager, arg pausesArg) error {
+	o, r, err := share(ctx, p, arg.Port, arg.Size, nil)
 	if err != nil {
 		return err
 	}
@@ -436,7 +383,7 @@ func pauses(c *conn) error {
 			return err
 		}
 		if d == 0 {
-			return firstOf(r.Close(), o.Close(), p.Close())
+			return firstOf(r.Close(), o.Close())
 		}
 		// Each access is a fault: the page was paged out, or is new.
 		extra, err := p.Allocate(ctx, 1<<30, nil)
@@ -466,14 +413,11 @@ func TestPause(t *testing.T) {
 	ks := make([]*task, 4)
 	for i := range ks {
 		ks[i] = start(t, "pauses", nil)
-		ks[i].send(pausesArg{Socket: socket, Size: size})
+		ks[i].send(pausesArg{At: At{socket}, Size: size})
 		var port emm.Port
 		ks[i].recv(&port)
 	}
-	p, err := region.Dial(t.Context(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	defer p.Close()
 	i, err := p.Info(t.Context())
 	if err != nil || i.Resident < 4*size {

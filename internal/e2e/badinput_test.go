@@ -29,7 +29,7 @@ type bystander struct {
 
 func newBystander(t *testing.T, socket string) *bystander {
 	b := &bystander{t: t, k: start(t, "mirror", nil), size: 100<<10 + 5}
-	b.k.send(mirrorArg{Socket: socket, Size: b.size, PageSize: 4096})
+	b.k.send(mirrorArg{At: At{socket}, Size: b.size, PageSize: 4096})
 	var port emm.Port
 	b.k.recv(&port)
 	return b

@@ -42,12 +42,7 @@ func mapChecked(ctx context.Context, p *region.Pager, path string, size int64, f
 	}
 	defer f.Close()
 	o.Manager, o.File = "checked", f
-	object, err := p.ObjectCreate(ctx, size, &o)
-	if err != nil {
-		return nil, nil, err
-	}
-	r, err := object.Map(ctx, m)
-	return object, r, err
+	return create(ctx, p, size, &o, m)
 }
 
 // checkedObject makes a file, changes its object in every way, and opens it again.

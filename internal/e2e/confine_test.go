@@ -17,7 +17,7 @@ import (
 	"machpager/region/spawn"
 )
 
-func init() { tasks["confined"] = confinedTask }
+func init() { tasks["confined"] = told(confinedTask) }
 
 // opener is a manager that opens the file it is told, in the pager, and tells what came of it. It makes no object.
 func opener(_ context.Context, path string, _ *os.File) (emm.Manager, error) {
@@ -41,11 +41,7 @@ type confinedResult struct {
 }
 
 // confinedTask has the pager open files, and do everything that needs a privilege.
-func confinedTask(c *conn) error {
-	var arg confinedArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func confinedTask(c *conn, arg confinedArg) error {
 	ctx := context.Background()
 	var p *region.Pager
 	var err error
@@ -107,8 +103,7 @@ func confinedTask(c *conn) error {
 	if err := c.send(res); err != nil {
 		return err
 	}
-	var end bool
-	if err := c.recv(&end); err != nil {
+	if err := c.await(); err != nil {
 		return err
 	}
 	return p.Close()

@@ -24,10 +24,10 @@ func init() {
 	if os.Args[0] == argv0+"orphan" {
 		runtime.LockOSThread() // the main thread stays with the main goroutine, for no other to end on
 	}
-	tasks["stuck"] = stuckTask
+	tasks["stuck"] = told(stuckTask)
 	tasks["signalled"] = signalled
-	tasks["orphan"] = orphan
-	tasks["blocked"] = blocked
+	tasks["orphan"] = told(orphan)
+	tasks["blocked"] = touching(modeStuck)
 }
 
 const stuckReaders = 8
@@ -41,11 +41,7 @@ type stuckResult struct {
 }
 
 // stuckTask reads memory whose manager never answers.
-func stuckTask(c *conn) error {
-	var arg stuckArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func stuckTask(c *conn, arg stuckArg) error {
 	ctx := context.Background()
 	p, err := startPager(ctx, spawn.Options{Restarts: -1})
 	if err != nil {
@@ -59,11 +55,7 @@ func stuckTask(c *conn) error {
 		return err
 	}
 	const chunk = 64 << 10
-	o, err := p.ObjectCreate(ctx, stuckReaders*chunk, &region.ObjectOptions{Manager: "faulty", Arg: modeStuck})
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	o, r, err := create(ctx, p, stuckReaders*chunk, &region.ObjectOptions{Manager: "faulty", Arg: modeStuck}, nil)
 	if err != nil {
 		return err
 	}
@@ -219,8 +211,7 @@ func TestSignals(t *testing.T) {
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
 			k := start(t, "signalled", nil)
-			var ready bool
-			k.recv(&ready)
+			k.ready()
 			pid := k.cmd.Process.Pid
 			family := descendants(pid)
 			if len(family) == 0 {
@@ -256,11 +247,7 @@ func allGone(t *testing.T, pids []int) {
 type orphanArg struct{ EndThread bool }
 
 // orphan starts a pager, from a thread that then ends if it is told so, writes and pages out for ever, and tells when it has begun.
-func orphan(c *conn) error {
-	var arg orphanArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func orphan(c *conn, arg orphanArg) error {
 	ctx := context.Background()
 	var p *region.Pager
 	var err error
@@ -323,8 +310,7 @@ func TestStartingThreadEnds(t *testing.T) {
 func TestParentKilled(t *testing.T) {
 	k := start(t, "orphan", nil)
 	k.send(orphanArg{})
-	var ready bool
-	k.recv(&ready)
+	k.ready()
 	family := descendants(k.cmd.Process.Pid)
 	if len(family) == 0 {
 		t.Fatal("the task has no children")
@@ -334,22 +320,15 @@ func TestParentKilled(t *testing.T) {
 	allGone(t, family)
 }
 
-// blocked waits in a fault for ever.
-func blocked(c *conn) error {
-	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{})
-	if err != nil {
-		return err
-	}
-	o, err := p.ObjectCreate(ctx, 4096, &region.ObjectOptions{Manager: "faulty", Arg: modeStuck})
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("read %d", r.Bytes()[0])
+// touching touches a page, without Guard, of a manager in a mode in which it cannot be had.
+func touching(mode string) func(*conn) error {
+	return withPager(func(ctx context.Context, p *region.Pager) error {
+		_, r, err := create(ctx, p, 4096, &region.ObjectOptions{Manager: "faulty", Arg: mode}, nil)
+		if err != nil {
+			return err
+		}
+		return fmt.Errorf("read %d", r.Bytes()[0])
+	})
 }
 
 // TestBlockedTaskDies: a task that waits in a fault dies of a signal as any other, and its pager goes with it.

@@ -19,10 +19,8 @@ import (
 )
 
 func init() {
-	tasks["durable"] = durableTask
-	tasks["durableread"] = func(c *conn) error {
-		return withPager(func(ctx context.Context, p *region.Pager) error { return durableRead(c, ctx, p) })(c)
-	}
+	tasks["durable"] = told(durableTask)
+	tasks["durableread"] = using(durableRead)
 }
 
 const (
@@ -31,7 +29,10 @@ const (
 )
 
 // durableArg names the manager of the object, the file behind it, and the one with the promises.
-type durableArg struct{ Manager, File, Promises string }
+type durableArg struct {
+	At
+	Manager, File, Promises string
+}
 
 // promise is what a task knows of a page when it dies: the version that it began to write last, and the one that Sync made safe.
 type promise struct{ given, safe uint64 }
@@ -50,11 +51,7 @@ func mapPromises(path string) (*[durablePages]promise, error) {
 }
 
 // durableTask changes pages of a file's object and synchronises them until everything is killed. Most of the object is paged out at any time.
-func durableTask(c *conn) error {
-	var arg durableArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func durableTask(c *conn, arg durableArg) error {
 	ctx := context.Background()
 	p, err := startPager(ctx, spawn.Options{Resident: 1 << 20})
 	if err != nil {
@@ -116,7 +113,7 @@ func TestDurable(t *testing.T) {
 
 func testDurable(t *testing.T, manager string) {
 	dir := t.TempDir()
-	arg := durableArg{manager, filepath.Join(dir, "file"), filepath.Join(dir, "promises")}
+	arg := durableArg{Manager: manager, File: filepath.Join(dir, "file"), Promises: filepath.Join(dir, "promises")}
 	rng := rand.New(rand.NewPCG(4, 4))
 	var safe, later int
 	for round := range 6 {
@@ -131,8 +128,7 @@ func testDurable(t *testing.T, manager string) {
 		}
 		k := start(t, "durable", nil)
 		k.send(arg)
-		var begun bool
-		k.recv(&begun)
+		k.ready()
 		time.Sleep(time.Duration(20+rng.IntN(100)) * time.Millisecond)
 		all := append(descendants(k.cmd.Process.Pid), k.cmd.Process.Pid)
 		for _, pid := range all { // at one instant: nobody is to see another's death
@@ -196,11 +192,7 @@ func durableContents(t *testing.T, arg durableArg) []byte {
 	return b
 }
 
-func durableRead(c *conn, ctx context.Context, p *region.Pager) error {
-	var arg durableArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func durableRead(ctx context.Context, c *conn, p *region.Pager, arg durableArg) error {
 	f, err := os.OpenFile(arg.File, os.O_RDWR, 0)
 	if err != nil {
 		return err

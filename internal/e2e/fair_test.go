@@ -12,31 +12,17 @@ import (
 )
 
 func init() {
-	tasks["greedy"] = greedyTask
-	tasks["interactive"] = interactiveTask
+	tasks["greedy"] = using(greedyTask)
+	tasks["interactive"] = using(interactiveTask)
 }
 
 // greedyTask writes to far more memory than there is, as fast as it can, until it is told to stop.
-func greedyTask(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
+func greedyTask(ctx context.Context, c *conn, p *region.Pager, _ At) error {
 	r, err := p.Allocate(ctx, 512<<20, nil)
 	if err != nil {
 		return err
 	}
-	stop := make(chan struct{})
-	go func() {
-		var end bool
-		c.recv(&end)
-		close(stop)
-	}()
+	told := c.untilTold()
 	if err := c.send(true); err != nil {
 		return err
 	}
@@ -44,7 +30,7 @@ func greedyTask(c *conn) error {
 	for ; ; n++ {
 		if n%64 == 0 {
 			select {
-			case <-stop:
+			case <-told.Done():
 				return c.send(n)
 			default:
 			}
@@ -54,8 +40,8 @@ func greedyTask(c *conn) error {
 }
 
 type interactiveArg struct {
-	Socket string
-	Ops    int
+	At
+	Ops int
 }
 
 type interactiveResult struct {
@@ -67,16 +53,7 @@ type interactiveResult struct {
 const interactivePages = 512 // 2 MiB
 
 // interactiveTask does a little every 2 ms: it looks at some pages of its working set, and writes to one that is new.
-func interactiveTask(c *conn) error {
-	ctx := context.Background()
-	var arg interactiveArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
+func interactiveTask(ctx context.Context, c *conn, p *region.Pager, arg interactiveArg) error {
 	set, err := p.Allocate(ctx, interactivePages*4096, nil)
 	if err != nil {
 		return err
@@ -116,14 +93,13 @@ func TestFair(t *testing.T) {
 	socket, _ := pagerAt(t, pagerOptions{Resident: 32 << 20})
 	interact := func() interactiveResult {
 		var res interactiveResult
-		run(t, "interactive", interactiveArg{socket, 700}, &res, nil)
+		run(t, "interactive", interactiveArg{At{socket}, 700}, &res, nil)
 		return res
 	}
 	alone := interact()
 	g := start(t, "greedy", nil)
-	g.send(socket)
-	var begun bool
-	g.recv(&begun)
+	g.send(At{socket})
+	g.ready()
 	time.Sleep(300 * time.Millisecond) // all memory is taken
 	beside := interact()
 	again := func() interactiveResult {

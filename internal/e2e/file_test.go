@@ -28,8 +28,8 @@ func init() {
 	tasks["filekilled"] = fileKilled
 	tasks["truncated"] = withPager(truncated)
 	tasks["filereadonly"] = withPager(fileReadOnly)
-	tasks["moody"] = moodyTask
-	tasks["filewriter"] = fileWriter
+	tasks["moody"] = withPagerOf(spawn.Options{Confine: daemon.ConfineNever}, moodyObject) // it reads its mood from a file that it opens by name
+	tasks["filewriter"] = using(fileWriter)
 }
 
 func TestFile(t *testing.T)          { run(t, "file", nil, nil, nil) }
@@ -94,12 +94,7 @@ func (b *backing) put(r *region.Region, off int, s string) {
 
 func mapFile(ctx context.Context, p *region.Pager, f *os.File, o region.ObjectOptions, m *region.MapOptions) (*region.Object, *region.Region, error) {
 	o.Manager, o.File = "file", f
-	object, err := p.ObjectCreate(ctx, 0, &o)
-	if err != nil {
-		return nil, nil, err
-	}
-	r, err := object.Map(ctx, m)
-	return object, r, err
+	return create(ctx, p, 0, &o, m)
 }
 
 // fileObject reads a file by touching memory, and changes it.
@@ -395,17 +390,6 @@ func (m *moody) sync() error {
 	return m.File.Sync()
 }
 
-// moodyTask has a pager that is not confined: its manager reads the mood from a file that it opens by name.
-func moodyTask(*conn) error {
-	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{Confine: daemon.ConfineNever})
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	return firstOf(moodyObject(ctx, p), p.Close())
-}
-
 // moodyObject has an object behind a ReaderAt that fails and recovers.
 func moodyObject(ctx context.Context, p *region.Pager) error {
 	const size = 1 << 20
@@ -458,42 +442,24 @@ func moodyObject(ctx context.Context, p *region.Pager) error {
 }
 
 type writerArg struct {
-	Socket, File string
-	Port         emm.Port // null: make the object
-	Slot, Slots  int
-	Time         time.Duration
-	Seed         uint64
+	At
+	File        string
+	Port        emm.Port // null: make the object
+	Slot, Slots int
+	Time        time.Duration
+	Seed        uint64
 }
 
 const sharedSize = 300*4096 + 48 // a multiple of 8 bytes per slot, and no whole page
 
 // fileWriter writes the words of a shared file that are its own, and sees to it that nobody else does.
-func fileWriter(c *conn) error {
-	var arg writerArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := open(ctx, arg.Socket)
+func fileWriter(ctx context.Context, c *conn, p *region.Pager, arg writerArg) error {
+	f, err := os.OpenFile(arg.File, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	defer p.Close()
-	var o *region.Object
-	if arg.Port.IsNull() {
-		f, err := os.OpenFile(arg.File, os.O_RDWR, 0)
-		if err != nil {
-			return err
-		}
-		o, err = p.ObjectCreate(ctx, 0, &region.ObjectOptions{Manager: "file", File: f, ClusterSize: 32 << 10})
-		f.Close() // the pager has its own
-		if err != nil {
-			return err
-		}
-	} else if o, err = p.ObjectOpen(ctx, arg.Port); err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	o, r, err := share(ctx, p, arg.Port, 0, &region.ObjectOptions{Manager: "file", File: f, ClusterSize: 32 << 10})
+	f.Close() // the pager has its own
 	if err != nil {
 		return err
 	}
@@ -527,8 +493,7 @@ func fileWriter(c *conn) error {
 	if err := firstOf(r.Sync(ctx, 0, sharedSize), c.send(mine)); err != nil {
 		return err
 	}
-	var ok bool
-	c.recv(&ok) // the object lives until all have synchronised
+	c.await() // the object lives until all have synchronised
 	return nil
 }
 
@@ -539,7 +504,7 @@ func TestFileShared(t *testing.T) {
 	if err := os.WriteFile(path, make([]byte, sharedSize), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	arg := writerArg{Socket: socket, File: path, Slots: 3, Time: soak(2 * time.Second), Seed: uint64(time.Now().UnixNano())}
+	arg := writerArg{At: At{socket}, File: path, Slots: 3, Time: soak(2 * time.Second), Seed: uint64(time.Now().UnixNano())}
 	t.Logf("seed %d", arg.Seed)
 	var writers []*task
 	for arg.Slot = range arg.Slots {

@@ -20,7 +20,7 @@ import (
 )
 
 func init() {
-	tasks["full"] = fullTask
+	tasks["full"] = told(fullTask)
 	tasks["nothing stored"] = nothingStored
 }
 
@@ -46,11 +46,7 @@ type fullArg struct {
 }
 
 // fullTask fills memory and paging space, and frees some in every way there is.
-func fullTask(c *conn) error {
-	var arg fullArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func fullTask(c *conn, arg fullArg) error {
 	ctx := context.Background()
 	o := spawn.Options{Resident: fullBudget, Store: arg.Store, Compressed: arg.Capacity}
 	if arg.Disk {
@@ -241,8 +237,7 @@ func TestPagingSpaceFull(t *testing.T) {
 			}
 			k := start(t, "full", nil)
 			k.send(c.arg)
-			var ok bool
-			k.recv(&ok)
+			k.ready()
 			k.wait()
 			said := k.output()
 			t.Log(said)
@@ -273,11 +268,7 @@ func nothingStored(c *conn) error {
 	if err := control.set("ok"); err != nil {
 		return err
 	}
-	o, err := p.ObjectCreate(ctx, fullSize, &region.ObjectOptions{Manager: "badstore", Arg: fmt.Sprintf("%s:%d", control.file, fullSize)})
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	o, r, err := create(ctx, p, fullSize, &region.ObjectOptions{Manager: "badstore", Arg: fmt.Sprintf("%s:%d", control.file, fullSize)}, nil)
 	if err != nil {
 		return err
 	}

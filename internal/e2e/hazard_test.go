@@ -16,32 +16,14 @@ import (
 	"testing"
 	"time"
 
-	"machpager/internal/confine"
 	"machpager/internal/daemon"
 	"machpager/region"
 	"machpager/region/spawn"
 )
 
 func init() {
-	tasks["hazard"] = hazard
-	tasks["pager"] = servePager
-}
-
-// open starts a pager of the task's own, or dials the one at socket.
-func open(ctx context.Context, socket string) (*region.Pager, error) {
-	if socket != "" {
-		return region.Dial(ctx, socket, nil)
-	}
-	return startPager(ctx, spawn.Options{Resident: 64 << 20})
-}
-
-// startPager starts a pager, confined whenever that can be had, whose log goes to the task's standard error.
-func startPager(ctx context.Context, o spawn.Options) (*region.Pager, error) {
-	o.Log = slog.New(slog.NewTextHandler(os.Stderr, nil))
-	if o.Confine == "" && confine.Have() == nil {
-		o.Confine = daemon.ConfineAlways
-	}
-	return spawn.Start(ctx, &o)
+	tasks["hazard"] = using(hazard)
+	tasks["pager"] = told(servePager)
 }
 
 // pagerAt starts a pager that listens at a socket in a directory of the test's, and is there until the test has ended.
@@ -52,8 +34,7 @@ func pagerAt(t testing.TB, o pagerOptions) (socket string, k *task) {
 	}
 	k = startFor(t, "pager", 10*time.Minute, nil)
 	k.send(o)
-	var ready bool
-	k.recv(&ready)
+	k.ready()
 	return o.Socket, k
 }
 
@@ -72,11 +53,7 @@ type pagerOptions struct {
 }
 
 // servePager is a process whose child is the pager; it waits for the end of its input.
-func servePager(c *conn) error {
-	var o pagerOptions
-	if err := c.recv(&o); err != nil {
-		return err
-	}
+func servePager(c *conn, o pagerOptions) error {
 	if o.Resident == 0 {
 		o.Resident = 64 << 20
 	}
@@ -85,13 +62,7 @@ func servePager(c *conn) error {
 	}
 	if o.Served {
 		log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-		ctx, cancel := context.WithCancel(context.Background())
-		go func() {
-			var end bool
-			c.recv(&end)
-			cancel()
-		}()
-		return spawn.Serve(ctx, spawn.ServeOptions{Log: log, Grace: time.Second, Ready: func(int) { c.send(true) }, Config: daemon.Config{
+		return spawn.Serve(c.untilTold(), spawn.ServeOptions{Log: log, Grace: time.Second, Ready: func(int) { c.send(true) }, Config: daemon.Config{
 			Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir, Compressed: o.Compressed, Capacity: o.Capacity, Restarts: o.Restarts,
 			Settled: o.Settled, Failpoints: o.Failpoints}})
 	}
@@ -115,7 +86,7 @@ func TestHazard(t *testing.T) {
 	for _, how := range []struct{ name, socket string }{{"spawned", ""}, {"socket", socket}} {
 		for _, procs := range []int{1, 2, 4} {
 			t.Run(fmt.Sprintf("%s/GOMAXPROCS=%d", how.name, procs), func(t *testing.T) {
-				run(t, "hazard", hazardArg{how.socket, soak(2 * time.Second)}, nil, func(c *exec.Cmd) {
+				run(t, "hazard", hazardArg{At{how.socket}, soak(2 * time.Second)}, nil, func(c *exec.Cmd) {
 					c.Env = append(os.Environ(), "GOMAXPROCS="+strconv.Itoa(procs))
 				})
 			})
@@ -124,21 +95,11 @@ func TestHazard(t *testing.T) {
 }
 
 type hazardArg struct {
-	Socket string
-	For    time.Duration
+	At
+	For time.Duration
 }
 
-func hazard(c *conn) error {
-	var arg hazardArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := open(ctx, arg.Socket)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+func hazard(ctx context.Context, c *conn, p *region.Pager, arg hazardArg) error {
 	const each = 256 << 10
 	n := 4 * runtime.GOMAXPROCS(0)
 	r, err := p.Allocate(ctx, int64(n*each), nil)
@@ -197,7 +158,7 @@ func hazard(c *conn) error {
 	}
 	close(stop)
 	nuisance.Wait()
-	return firstOf(err, p.Close())
+	return err
 }
 
 func firstOf(errs ...error) error {

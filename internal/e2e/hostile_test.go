@@ -18,7 +18,7 @@ import (
 	"machpager/uffd"
 )
 
-func init() { tasks["villain"] = villainTask }
+func init() { tasks["villain"] = told(villainTask) }
 
 // villain is a task that speaks the protocol by hand, in a process of its own, and does there what no task should.
 type villain struct {
@@ -37,11 +37,7 @@ type villainArg struct {
 	For            time.Duration
 }
 
-func villainTask(c *conn) error {
-	var arg villainArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func villainTask(c *conn, arg villainArg) error {
 	f := attacks[arg.Attack]
 	if f == nil {
 		return fmt.Errorf("no attack %q", arg.Attack)
@@ -61,8 +57,7 @@ func villainTask(c *conn) error {
 	if err := c.send(""); err != nil {
 		return err
 	}
-	var end bool
-	c.recv(&end)
+	c.await()
 	return nil
 }
 

@@ -21,7 +21,7 @@ import (
 	"machpager/region"
 )
 
-func init() { tasks["churner"] = churner }
+func init() { tasks["churner"] = using(churner) }
 
 var pointFlag = flag.String("failpoint", "", "the only failpoint of TestKilledAtFailpoints; \"\": all, or in CI some")
 
@@ -29,37 +29,22 @@ var pointFlag = flag.String("failpoint", "", "the only failpoint of TestKilledAt
 const hangLimit = 5 * time.Second
 
 // churner makes, uses and gives up all that a task can have, until it is told to stop: what is made and ended while the pager is killed. It tells how often.
-func churner(c *conn) error {
-	var arg churnerArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+func churner(ctx context.Context, c *conn, p *region.Pager, arg churnerArg) error {
 	if err := c.send(true); err != nil {
 		return err
 	}
-	var stop atomic.Bool
-	go func() {
-		var end bool
-		c.recv(&end)
-		stop.Store(true)
-	}()
+	told := c.untilTold()
 	n := uint64(0)
-	for ; !stop.Load(); n++ {
+	for ; told.Err() == nil; n++ {
 		if err := churn(ctx, p, &arg, n); err != nil {
 			return fmt.Errorf("round %d: %w", n, err)
 		}
 	}
-	return firstOf(c.send(n), p.Close())
+	return c.send(n)
 }
 
 type churnerArg struct {
-	Socket string
+	At
 	Budget int64
 	Dir    string // for paging files; "": none
 }
@@ -312,13 +297,12 @@ func runRestless(t *testing.T, rng *rand.Rand, s shape, o pagerOptions, d time.D
 	before := holdingsOf(guard.cmd.Process.Pid)
 	over := watchBudget(t, socket, o.Resident)
 	ch := startFor(t, "churner", d+patience, nil)
-	arg := churnerArg{Socket: socket, Budget: o.Resident}
+	arg := churnerArg{At: At{socket}, Budget: o.Resident}
 	if s.store == daemon.StoreFile || s.store == daemon.StoreTiered {
 		arg.Dir = o.Dir
 	}
 	ch.send(arg)
-	var ready bool
-	ch.recv(&ready)
+	ch.ready()
 
 	done := make(chan struct{})
 	go func() {
@@ -355,19 +339,13 @@ func runRestless(t *testing.T, rng *rand.Rand, s shape, o pagerOptions, d time.D
 // nothingLeft: when all tasks have gone the pager has nothing of theirs, and the guardian no more than before the first.
 func nothingLeft(t *testing.T, socket string, guard *task, before holdings) {
 	t.Helper()
-	p, err := region.Dial(t.Context(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	defer p.Close()
 	var i region.Info
 	var now holdings
 	pid := guard.cmd.Process.Pid
 	for end := time.Now().Add(hangLimit); ; time.Sleep(5 * time.Millisecond) {
-		if i, err = p.Info(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		now = holdingsOf(pid)
+		i, now = infoOf(t, p), holdingsOf(pid)
 		if i.Objects == 0 && i.Mappings == 0 && i.Resident == 0 && i.KernelResident <= 0 && i.PagingFree == i.PagingTotal && i.Tasks <= 1 &&
 			now.FDs <= before.FDs+4 { // the one connection there is
 			return

@@ -13,33 +13,19 @@ import (
 )
 
 func init() {
-	tasks["cycles"] = cycles
-	tasks["careless"] = careless
+	tasks["cycles"] = using(cycles)
+	tasks["careless"] = using(careless)
 }
 
 type cyclesArg struct {
-	Socket string
-	N      int
+	At
+	N int
 }
 
 // cycles maps and unmaps, and counts what is left.
-func cycles(c *conn) error {
-	var arg cyclesArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := open(ctx, arg.Socket)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+func cycles(ctx context.Context, c *conn, p *region.Pager, arg cyclesArg) error {
 	cycle := func() error {
-		o, err := p.ObjectCreate(ctx, 64<<10, nil)
-		if err != nil {
-			return err
-		}
-		r, err := o.Map(ctx, nil)
+		o, r, err := create(ctx, p, 64<<10, nil, nil)
 		if err != nil {
 			return err
 		}
@@ -112,16 +98,7 @@ func cycles(c *conn) error {
 func TestNoLeaksInTask(t *testing.T) { run(t, "cycles", cyclesArg{N: 1000}, nil, nil) }
 
 // careless maps memory, writes to it, and waits to be killed.
-func careless(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
+func careless(ctx context.Context, c *conn, p *region.Pager, _ At) error {
 	for range 3 {
 		r, err := p.Allocate(ctx, 1<<20, nil)
 		if err != nil {
@@ -132,11 +109,7 @@ func careless(c *conn) error {
 			return err
 		}
 	}
-	o, err := p.ObjectCreate(ctx, 1<<20, &region.ObjectOptions{Manager: "faulty", Arg: modeStuck})
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	_, r, err := create(ctx, p, 1<<20, &region.ObjectOptions{Manager: "faulty", Arg: modeStuck}, nil)
 	if err != nil {
 		return err
 	}
@@ -151,9 +124,8 @@ func TestNoLeaksInPager(t *testing.T) {
 	socket, k := pagerAt(t, pagerOptions{})
 	once := func() {
 		c := start(t, "careless", nil)
-		c.send(socket)
-		var ready bool
-		c.recv(&ready)
+		c.send(At{socket})
+		c.ready()
 		eventually(t, 5*time.Second, "the task waits in a fault", func() bool { return faulting(c.cmd.Process.Pid) > 0 })
 		c.cmd.Process.Kill()
 		<-c.exited
@@ -181,23 +153,14 @@ func TestNoLeaksInPager(t *testing.T) {
 	}
 	var left []string
 	eventually(t, 5*time.Second, "the objects of killed tasks are gone", func() bool {
-		run(t, "objects", socket, &left, nil)
+		run(t, "objects", At{socket}, &left, nil)
 		return len(left) == 0
 	})
 }
 
 func init() {
-	tasks["objects"] = func(c *conn) error {
-		var socket string
-		if err := c.recv(&socket); err != nil {
-			return err
-		}
-		p, err := region.Dial(context.Background(), socket, nil)
-		if err != nil {
-			return err
-		}
-		defer p.Close()
-		infos, err := p.Objects(context.Background())
+	tasks["objects"] = using(func(ctx context.Context, c *conn, p *region.Pager, _ At) error {
+		infos, err := p.Objects(ctx)
 		if err != nil {
 			return err
 		}
@@ -206,5 +169,5 @@ func init() {
 			s = append(s, fmt.Sprintf("%+v", i))
 		}
 		return c.send(s)
-	}
+	})
 }

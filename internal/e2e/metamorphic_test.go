@@ -15,7 +15,6 @@ import (
 	"machpager/internal/daemon"
 	"machpager/internal/policy"
 	"machpager/pager/emm"
-	"machpager/region"
 )
 
 var seedFlag = flag.Uint64("seed", 0, "seed of the randomised tests; 0: a new one")
@@ -123,10 +122,7 @@ func TestShapes(t *testing.T) {
 
 // watchBudget looks, as often as it can, at what the kernel says is resident, until the returned function is called.
 func watchBudget(t *testing.T, socket string, budget int64) func() {
-	p, err := region.Dial(context.Background(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	looks, most := 0, int64(0)
@@ -159,7 +155,7 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Durati
 	var port emm.Port
 	for i := range ks {
 		ks[i] = startFor(t, "mirror", d+patience, func(c *exec.Cmd) { c.Env = append(os.Environ(), "GOMAXPROCS=2") })
-		ks[i].send(mirrorArg{socket, port, size, pageSize})
+		ks[i].send(mirrorArg{At{socket}, port, size, pageSize})
 		ks[i].recv(&port)
 	}
 	var history []string

@@ -10,7 +10,7 @@ import (
 	"machpager/region"
 )
 
-func init() { tasks["mirror"] = mirror }
+func init() { tasks["mirror"] = using(mirror) }
 
 // op is one step of one task.
 type op struct {
@@ -51,34 +51,15 @@ type opResult struct {
 }
 
 type mirrorArg struct {
-	Socket   string
+	At
 	Port     emm.Port // null: make an object
 	Size     int64
 	PageSize int
 }
 
 // mirror maps an object and does what it is told.
-func mirror(c *conn) error {
-	var arg mirrorArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	var o *region.Object
-	if arg.Port.IsNull() {
-		o, err = p.ObjectCreate(ctx, arg.Size, &region.ObjectOptions{PageSize: arg.PageSize})
-	} else {
-		o, err = p.ObjectOpen(ctx, arg.Port)
-	}
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+func mirror(ctx context.Context, c *conn, p *region.Pager, arg mirrorArg) error {
+	o, r, err := share(ctx, p, arg.Port, arg.Size, &region.ObjectOptions{PageSize: arg.PageSize})
 	if err != nil {
 		return err
 	}
@@ -134,7 +115,7 @@ func mirror(c *conn) error {
 				r, err = o.Map(ctx, nil)
 			}
 		case opEnd:
-			return firstOf(r.Close(), o.Close(), p.Close())
+			return firstOf(r.Close(), o.Close())
 		}
 		if ahead := o1.Kind == opWire || o1.Kind == opPopulate || o1.Kind == opPopulateW; ahead && errors.Is(err, emm.ResourceShortage) ||
 			ahead && o1.Shrunk && errors.Is(err, emm.MemoryError) {

@@ -12,15 +12,9 @@ import (
 func TestGuardianKilled(t *testing.T) {
 	ctx := context.Background()
 	socket, guardian := pagerAt(t, pagerOptions{Served: true, Memory: true})
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	defer p.Close()
-	info, err := p.Info(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	info := infoOf(t, p)
 	pager := info.PagerPID
 	t.Cleanup(func() { syscall.Kill(pager, syscall.SIGKILL) })
 	guardian.cmd.Process.Kill()
@@ -32,7 +26,7 @@ func TestGuardianKilled(t *testing.T) {
 		}
 		return err != nil
 	})
-	if info, err = p.Info(ctx); err != nil || info.PagerPID != pager || info.GuardianPID != 0 {
+	if info, err := p.Info(ctx); err != nil || info.PagerPID != pager || info.GuardianPID != 0 {
 		t.Errorf("pager %d, guardian %d, %v; want pager %d and no guardian", info.PagerPID, info.GuardianPID, err, pager)
 	}
 	if !alive(pager) {

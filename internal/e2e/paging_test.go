@@ -17,8 +17,8 @@ import (
 )
 
 func init() {
-	tasks["rewriter"] = rewriter
-	tasks["addfile"] = addFileTask
+	tasks["rewriter"] = using(rewriter)
+	tasks["addfile"] = using(addFileTask)
 }
 
 // book is memory and what it must contain: each page, page-size bytes, has a version.
@@ -70,17 +70,7 @@ func (b *book) checkAll() error {
 const rewriterSize = 6 << 20
 
 // rewriter reads and writes pages at random until it is told to stop, and then looks at all of them.
-func rewriter(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+func rewriter(ctx context.Context, c *conn, p *region.Pager, _ At) error {
 	r, err := p.Allocate(ctx, rewriterSize, nil)
 	if err != nil {
 		return err
@@ -95,10 +85,7 @@ func rewriter(c *conn) error {
 		return err
 	}
 	stop := make(chan error, 1)
-	go func() {
-		var end bool
-		stop <- c.recv(&end)
-	}()
+	go func() { stop <- c.await() }()
 	random := rand.New(rand.NewPCG(1, 2))
 	n := 0
 	for done := false; !done; n++ {
@@ -120,10 +107,7 @@ func rewriter(c *conn) error {
 			}
 		}
 	}
-	if err := firstOf(b.checkAll(), r.PageOut(ctx, 0, rewriterSize), b.checkAll(), c.send(n)); err != nil {
-		return err
-	}
-	return p.Close()
+	return firstOf(b.checkAll(), r.PageOut(ctx, 0, rewriterSize), b.checkAll(), c.send(n))
 }
 
 // TestPagingFiles adds and removes paging files while a task reads and writes six times as much as may be resident.
@@ -139,15 +123,11 @@ func TestPagingFiles(t *testing.T) {
 			socket, _ := pagerAt(t, o)
 			ctx, cancel := context.WithTimeout(t.Context(), patience+duration)
 			defer cancel()
-			p, err := region.Dial(ctx, socket, nil) // no memory is touched here
-			if err != nil {
-				t.Fatal(err)
-			}
+			p := dial(t, socket)
 			defer p.Close()
 			k := startFor(t, "rewriter", patience+duration, nil)
-			k.send(socket)
-			var ready bool
-			k.recv(&ready)
+			k.send(At{socket})
+			k.ready()
 			used := func() map[int]int64 {
 				list, err := p.BackingStores(ctx)
 				if err != nil {
@@ -199,10 +179,7 @@ func TestPagingFiles(t *testing.T) {
 // pagingFiles counts what the pager has open in the directories.
 func pagingFiles(t *testing.T, p *region.Pager, dirs ...string) (n int) {
 	t.Helper()
-	info, err := p.Info(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	info := infoOf(t, p)
 	for to, k := range fdsOf(info.PagerPID) {
 		for _, d := range dirs {
 			if filepath.Dir(to) == d {
@@ -214,17 +191,7 @@ func pagingFiles(t *testing.T, p *region.Pager, dirs ...string) (n int) {
 }
 
 // addFileTask tries to change paging space.
-func addFileTask(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+func addFileTask(ctx context.Context, c *conn, p *region.Pager, _ At) error {
 	if _, err := p.BackingStoreCreate(ctx, "/tmp", nil); !errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("create a paging file: %v, want EPERM", err)
 	}
@@ -235,7 +202,7 @@ func addFileTask(c *conn) error {
 	if err != nil || len(list) != 1 {
 		return fmt.Errorf("list paging files: %v, %w", list, err)
 	}
-	return firstOf(c.send(true), p.Close())
+	return c.send(true)
 }
 
 // TestPagingFilesPrivilege: who may use the pager may not change its paging space.
@@ -245,8 +212,7 @@ func TestPagingFilesPrivilege(t *testing.T) {
 	server := serveAt(t, daemon.Config{Socket: socket, Group: fmt.Sprint(nobody)}, func(name string) *task { return start(t, name, nil) })
 	defer server.wait()
 	k := startNobody(t, "addfile", false)
-	k.send(socket)
-	var ok bool
-	k.recv(&ok)
+	k.send(At{socket})
+	k.ready()
 	k.wait()
 }

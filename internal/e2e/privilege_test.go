@@ -22,8 +22,8 @@ import (
 
 func init() {
 	tasks["nobody"] = nobodyTask
-	tasks["serve"] = serveTask
-	tasks["tier"] = tierTask
+	tasks["serve"] = told(serveTask)
+	tasks["tier"] = told(tierTask)
 	tasks["children"] = withPager(children)
 }
 
@@ -92,19 +92,8 @@ func startNobody(t *testing.T, name string, device bool) *task {
 }
 
 // serveTask is spawn.Serve.
-func serveTask(c *conn) error {
-	var config daemon.Config
-	if err := c.recv(&config); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	go func() {
-		var end bool
-		c.recv(&end)
-		cancel()
-	}()
-	return spawn.Serve(ctx, spawn.ServeOptions{Config: config, Ready: func(int) { c.send(true) }})
+func serveTask(c *conn, config daemon.Config) error {
+	return spawn.Serve(c.untilTold(), spawn.ServeOptions{Config: config, Ready: func(int) { c.send(true) }})
 }
 
 // serveAt starts a pager by spawn.Serve.
@@ -112,8 +101,7 @@ func serveAt(t *testing.T, config daemon.Config, as func(name string) *task) *ta
 	t.Helper()
 	k := as("serve")
 	k.send(config)
-	var ready bool
-	k.recv(&ready)
+	k.ready()
 	return k
 }
 
@@ -132,11 +120,7 @@ type tierResult struct {
 }
 
 // tierTask finds out what works for it.
-func tierTask(c *conn) error {
-	var arg tierArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func tierTask(c *conn, arg tierArg) error {
 	ctx := context.Background()
 	res := tierResult{UID: os.Getuid()}
 	var p *region.Pager

@@ -12,7 +12,7 @@ import (
 	"machpager/region/spawn"
 )
 
-func init() { tasks["refill"] = refillTask }
+func init() { tasks["refill"] = told(refillTask) }
 
 type refillArg struct {
 	Store, Dir string
@@ -26,11 +26,7 @@ type refillResult struct {
 }
 
 // refillTask fills three objects and empties them, each in another way, and sees each time that nothing is left of them.
-func refillTask(c *conn) error {
-	var arg refillArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
+func refillTask(c *conn, arg refillArg) error {
 	ctx := context.Background()
 	p, err := startPager(ctx, spawn.Options{Resident: 1 << 20, Capacity: 16 << 20, Store: arg.Store, Dir: arg.Dir})
 	if err != nil {

@@ -15,7 +15,7 @@ import (
 	"machpager/uffd"
 )
 
-func init() { tasks["rights"] = rightsTask }
+func init() { tasks["rights"] = using(rightsTask) }
 
 // refused expects an error.
 func refused(what string, err, want error) error {
@@ -26,26 +26,13 @@ func refused(what string, err, want error) error {
 }
 
 // rightsTask shares an object with itself, by a second connection that has only what it is given.
-func rightsTask(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	owner, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
-	other, err := region.Dial(ctx, socket, nil)
+func rightsTask(ctx context.Context, c *conn, owner *region.Pager, at At) error {
+	other, err := at.open(ctx)
 	if err != nil {
 		return err
 	}
 	const size = 64 * 4096
-	o, err := owner.ObjectCreate(ctx, size, nil)
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	o, r, err := create(ctx, owner, size, nil, nil)
 	if err != nil {
 		return err
 	}
@@ -121,14 +108,13 @@ func rightsTask(c *conn) error {
 	if err := refused("map writable by a right made of a read-only one", err, emm.ProtectionFailure); err != nil {
 		return err
 	}
-	if err := readOnlyFile(socket, port); err != nil {
+	if err := readOnlyFile(at.Socket, port); err != nil {
 		return err
 	}
 	if err := c.send(true); err != nil { // the pager may be killed now
 		return err
 	}
-	var on bool
-	if err := c.recv(&on); err != nil {
+	if err := c.await(); err != nil {
 		return err
 	}
 
@@ -224,9 +210,8 @@ func readOnlyFile(socket string, port emm.Port) error {
 func TestRights(t *testing.T) {
 	socket, _ := pagerAt(t, pagerOptions{Restarts: restarts})
 	k := start(t, "rights", nil)
-	k.send(socket)
-	var on bool
-	k.recv(&on)
+	k.send(At{socket})
+	k.ready()
 	pid := int(info(t, socket).PagerPID)
 	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
 		t.Fatal(err)

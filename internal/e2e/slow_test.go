@@ -15,8 +15,8 @@ import (
 )
 
 func init() {
-	tasks["sluggish user"] = sluggishUser
-	tasks["onlooker"] = onlooker
+	tasks["sluggish user"] = using(sluggishUser)
+	tasks["onlooker"] = using(onlooker)
 }
 
 // sluggishTime is how long a sluggish manager takes for each request and each return.
@@ -58,22 +58,9 @@ func (m *sluggish) Close() error {
 }
 
 // sluggishUser reads and writes memory of a sluggish manager, more than may be resident, in eight threads, until it is killed.
-func sluggishUser(c *conn) error {
-	var socket string
-	if err := c.recv(&socket); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, socket, nil)
-	if err != nil {
-		return err
-	}
+func sluggishUser(ctx context.Context, c *conn, p *region.Pager, _ At) error {
 	const size = 16 << 20
-	o, err := p.ObjectCreate(ctx, size, &region.ObjectOptions{Manager: "sluggish", ClusterSize: 64 << 10})
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
+	_, r, err := create(ctx, p, size, &region.ObjectOptions{Manager: "sluggish", ClusterSize: 64 << 10}, nil)
 	if err != nil {
 		return err
 	}
@@ -97,7 +84,7 @@ func sluggishUser(c *conn) error {
 }
 
 type onlookerArg struct {
-	Socket   string
+	At
 	Size     int64 // bytes that it uses
 	Min      int64 // of them kept for it (ObjectOptions.ResidentMin)
 	Duration time.Duration
@@ -121,17 +108,7 @@ var touched byte
 type onlookerResult struct{ Touch, Protect, Sync latencies }
 
 // onlooker uses memory of the default pager, and measures touches of it and first writes to clean pages of it.
-func onlooker(c *conn) error {
-	var arg onlookerArg
-	if err := c.recv(&arg); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := region.Dial(ctx, arg.Socket, nil)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
+func onlooker(ctx context.Context, c *conn, p *region.Pager, arg onlookerArg) error {
 	r, err := p.Allocate(ctx, arg.Size, &region.AllocateOptions{ObjectOptions: region.ObjectOptions{ResidentMin: arg.Min}})
 	if err != nil {
 		return err
@@ -169,21 +146,15 @@ func onlooker(c *conn) error {
 	if err := b.checkAll(); err != nil {
 		return err
 	}
-	return firstOf(c.send(res), p.Close())
+	return c.send(res)
 }
 
 // residentAt is how much the pager has in memory.
 func residentAt(t *testing.T, socket string) int64 {
 	t.Helper()
-	p, err := region.Dial(t.Context(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	defer p.Close()
-	info, err := p.Info(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	info := infoOf(t, p)
 	return info.Resident
 }
 
@@ -205,16 +176,15 @@ func TestSlowManagerSlowsOnlyItsUsers(t *testing.T) {
 			socket, _ := pagerAt(t, pagerOptions{Resident: c.resident})
 			measure := func() (r onlookerResult) {
 				k := start(t, "onlooker", nil)
-				k.send(onlookerArg{Socket: socket, Size: c.size, Min: c.min, Duration: 700 * time.Millisecond})
+				k.send(onlookerArg{At: At{socket}, Size: c.size, Min: c.min, Duration: 700 * time.Millisecond})
 				k.recv(&r)
 				k.wait()
 				return r
 			}
 			before := measure()
 			slow := start(t, "sluggish user", nil)
-			slow.send(socket)
-			var ready bool
-			slow.recv(&ready)
+			slow.send(At{socket})
+			slow.ready()
 			if c.resident < 16<<20 {
 				eventually(t, 20*time.Second, "memory is full", func() bool { return residentAt(t, socket) > c.resident*7/8 })
 			}

@@ -19,8 +19,8 @@ import (
 func init() {
 	tasks["snapshot"] = withPager(snapshots)
 	tasks["snapshoterrors"] = withPager(snapshotErrors)
-	tasks["scribe"] = scribe
-	tasks["snapper"] = snapper
+	tasks["scribe"] = using(scribe)
+	tasks["snapper"] = using(snapper)
 }
 
 func TestSnapshot(t *testing.T)       { run(t, "snapshot", nil, nil, nil) }
@@ -35,11 +35,7 @@ func snapshots(ctx context.Context, p *region.Pager) error {
 	}
 	for _, pageSize := range []int{4096, 64 << 10, 2 << 20} {
 		size := 5*pageSize + 100
-		o, err := p.ObjectCreate(ctx, int64(size), &region.ObjectOptions{PageSize: pageSize})
-		if err != nil {
-			return err
-		}
-		r, err := o.Map(ctx, nil)
+		o, r, err := create(ctx, p, int64(size), &region.ObjectOptions{PageSize: pageSize}, nil)
 		if err != nil {
 			return err
 		}
@@ -170,38 +166,17 @@ const (
 )
 
 type scribeArg struct {
-	Socket string
-	Port   emm.Port // null: make the object
-	Time   time.Duration
+	At
+	Port emm.Port // null: make the object
+	Time time.Duration
 }
 
 // turn is the right to write the numbers from First on.
 type turn struct{ First, N uint64 }
 
-func openScribed(ctx context.Context, c *conn) (arg scribeArg, p *region.Pager, o *region.Object, err error) {
-	if err = c.recv(&arg); err != nil {
-		return
-	}
-	if p, err = region.Dial(ctx, arg.Socket, nil); err != nil {
-		return
-	}
-	if arg.Port.IsNull() {
-		o, err = p.ObjectCreate(ctx, scribeSize, nil)
-	} else {
-		o, err = p.ObjectOpen(ctx, arg.Port)
-	}
-	return
-}
-
 // scribe writes when it is its turn. A second thread writes bytes that are nobody's all the time, in the same pages.
-func scribe(c *conn) error {
-	ctx := context.Background()
-	_, p, o, err := openScribed(ctx, c)
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	r, err := o.Map(ctx, nil)
+func scribe(ctx context.Context, c *conn, p *region.Pager, arg scribeArg) error {
+	o, r, err := share(ctx, p, arg.Port, scribeSize, nil)
 	if err != nil {
 		return err
 	}
@@ -234,7 +209,7 @@ func scribe(c *conn) error {
 	}
 	stop.Store(true)
 	noise.Wait()
-	return firstOf(r.Close(), o.Close(), p.Close())
+	return firstOf(r.Close(), o.Close())
 }
 
 // prefix finds the highest number in a snapshot, and whether all before are there.
@@ -256,13 +231,11 @@ func prefix(mem []byte) (uint64, error) {
 }
 
 // snapper takes snapshots, compares them, spoils some, and keeps some to see that they stay what they are.
-func snapper(c *conn) error {
-	ctx := context.Background()
-	arg, p, o, err := openScribed(ctx, c)
+func snapper(ctx context.Context, c *conn, p *region.Pager, arg scribeArg) error {
+	o, err := p.ObjectOpen(ctx, arg.Port)
 	if err != nil {
 		return err
 	}
-	defer p.Close()
 	type kept struct {
 		o    *region.Object
 		high uint64
@@ -319,7 +292,7 @@ func snapper(c *conn) error {
 			return err
 		}
 	}
-	return firstOf(o.Close(), c.send(n), p.Close())
+	return firstOf(o.Close(), c.send(n))
 }
 
 // TestSnapshotCausal: if a write is in a snapshot, so is every earlier one, whichever task made it.
@@ -335,12 +308,9 @@ func TestSnapshotCausal(t *testing.T) {
 
 func testCausal(t *testing.T, o pagerOptions) {
 	socket, _ := pagerAt(t, o)
-	p, err := region.Dial(t.Context(), socket, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	p := dial(t, socket)
 	defer p.Close()
-	arg := scribeArg{Socket: socket, Time: soak(6*time.Second) / 4}
+	arg := scribeArg{At: At{socket}, Time: soak(6*time.Second) / 4}
 	var scribes []*task
 	for range 3 {
 		k := startFor(t, "scribe", arg.Time+patience, nil)

@@ -28,10 +28,10 @@ import (
 )
 
 func init() {
-	tasks["badstore"] = badStoreTask
-	tasks["slowstore"] = slowStoreTask
-	tasks["damaged"] = damagedTask
-	tasks["unguarded"] = unguarded
+	tasks["badstore"] = overBadStore(badStoreTask)
+	tasks["slowstore"] = overBadStore(slowStoreTask)
+	tasks["damaged"] = told(damagedTask)
+	tasks["unguarded"] = touching(modeError)
 	tasks["closing"] = withPager(closing)
 }
 
@@ -216,21 +216,23 @@ func (b *badObject) heals(off int) error {
 	}
 }
 
-func badStoreTask(c *conn) error {
-	var dir string
-	if err := c.recv(&dir); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{Confine: daemon.ConfineNever}) // a badStore reads a file by name
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	b, err := newBadObject(ctx, p, dir)
-	if err != nil {
-		return err
-	}
+// overBadStore is a task that has memory over a badStore, whose file is in the directory that it is told.
+func overBadStore(f func(ctx context.Context, b *badObject) error) func(*conn) error {
+	return told(func(_ *conn, dir string) error {
+		ctx := context.Background()
+		p, err := startPager(ctx, spawn.Options{Confine: daemon.ConfineNever}) // a badStore reads a file by name
+		if err != nil {
+			return err
+		}
+		b, err := newBadObject(ctx, p, dir)
+		if err != nil {
+			return err
+		}
+		return firstOf(f(ctx, b), p.Close())
+	})
+}
+
+func badStoreTask(ctx context.Context, b *badObject) error {
 	for i, mode := range []string{"read fails", "read short", "read corrupt"} {
 		off := i * 4 * 4096
 		if err := firstOf(b.set(mode), b.bad(off), b.set("ok"), b.right(off)); err != nil {
@@ -271,29 +273,15 @@ func badStoreTask(c *conn) error {
 			return fmt.Errorf("%s: %w", mode, err)
 		}
 	}
-	return p.Close()
+	return nil
 }
 
 // TestBadStore: SIGBUS in the thread, EFAULT in the system call, *FaultError from Guard and ReadAt; and when the store has recovered, what is right.
 func TestBadStore(t *testing.T) { run(t, "badstore", t.TempDir(), nil, nil) }
 
 // slowStoreTask: a page that takes a second holds up nobody else.
-func slowStoreTask(c *conn) error {
-	var dir string
-	if err := c.recv(&dir); err != nil {
-		return err
-	}
-	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{Confine: daemon.ConfineNever}) // a badStore reads a file by name
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	b, err := newBadObject(ctx, p, dir)
-	if err != nil {
-		return err
-	}
-	other, err := p.Allocate(ctx, 1<<20, nil)
+func slowStoreTask(ctx context.Context, b *badObject) error {
+	other, err := b.p.Allocate(ctx, 1<<20, nil)
 	if err != nil {
 		return err
 	}
@@ -337,17 +325,13 @@ func slowStoreTask(c *conn) error {
 	if err := b.right(12 * 4096); err != nil {
 		return err
 	}
-	return firstOf(b.set("ok"), b.right(0), p.Close())
+	return firstOf(b.set("ok"), b.right(0))
 }
 
 func TestSlowStore(t *testing.T) { run(t, "slowstore", t.TempDir(), nil, nil) }
 
 // damagedTask pages out to the default pager's file, and lets the test damage it.
-func damagedTask(c *conn) error {
-	var dir string
-	if err := c.recv(&dir); err != nil {
-		return err
-	}
+func damagedTask(c *conn, dir string) error {
 	ctx := context.Background()
 	p, err := startPager(ctx, spawn.Options{Dir: dir, Store: daemon.StoreFile})
 	if err != nil {
@@ -451,24 +435,6 @@ func TestDamagedPagingFile(t *testing.T) {
 		})
 	}
 	k.wait()
-}
-
-// unguarded touches a page that cannot be had, without Guard.
-func unguarded(*conn) error {
-	ctx := context.Background()
-	p, err := startPager(ctx, spawn.Options{})
-	if err != nil {
-		return err
-	}
-	o, err := p.ObjectCreate(ctx, 4096, &region.ObjectOptions{Manager: "faulty", Arg: modeError})
-	if err != nil {
-		return err
-	}
-	r, err := o.Map(ctx, nil)
-	if err != nil {
-		return err
-	}
-	return fmt.Errorf("read %d", r.Bytes()[0])
 }
 
 func TestMemoryErrorUnguarded(t *testing.T) {
