@@ -38,6 +38,9 @@
 // Growing makes the file long enough before the header says so, and a new file is one of size 0 that grows. A file of 4096
 // zeros is an empty one whose machine died then.
 //
+// What this costs beside a plain file: up to twice the space; the checksums and entries, a quarter more time for a page that the kernel has in memory; and one fdatasync more in each Sync
+// (docs/operations.md has figures). A place beside the old contents is what saves the wait for the device before each write.
+//
 // # Errors
 //
 // A unit that is torn is [ErrTorn], with its offset; those beside it are in order. Its contents are lost, unless the file comes back from a copy; to write the whole

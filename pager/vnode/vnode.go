@@ -10,9 +10,9 @@
 // Nothing but the contents themselves outlives a Pager. When its process is killed, the vm still has every page whose return was not completed, dirty, and returns it to the
 // next Pager over the same file; so a write that was cut short is made again. When the vm and its frames are lost as well, what was synchronised is in the file, and of other pages
 // the old contents or the new. When the machine dies, that holds for what was synchronised; a page that was being written to the device then may be
-// torn, half of it old and half new, where the device does not write 4096 bytes as one. A plain file cannot tell: there is no place for a checksum in it, and none is kept beside it, for it would have to be on the
-// device before each write. Contents that must be checked belong behind a ReaderWriterAt that has checksums, which answers a torn page with an error; paging space
-// (package store) has them for every slot.
+// torn, half of it old and half new, where the device does not write 4096 bytes as one. A plain file ([File]) cannot tell: there is no place for a checksum in it, and none is kept beside it, for it would have to be on the
+// device before each write. A file of a format of its own can: that of [Checked] (package checked) has for each page a checksum and two places, so that what was synchronised is never
+// written over; it is there after the death of the machine, and what the device loses of it later is an error. Paging space (package store) has checksums for every slot.
 //
 // # Ends
 //
