@@ -44,12 +44,13 @@ const patience = 20 * time.Second
 
 // setup is one guardian with its pager.
 type setup struct {
-	t     *testing.T
-	out   *os.File // where the lines come from; closed when the guardian has ended
-	lines chan string
-	ended chan error // of Run
-	ready chan int
-	stop  chan os.Signal
+	t      *testing.T
+	before map[string]int // fds
+	out    *os.File       // where the lines come from; closed when the guardian has ended
+	lines  chan string
+	ended  chan error // of Run
+	ready  chan int
+	stop   chan os.Signal
 }
 
 // begin runs a guardian whose stand-in pager has these arguments, and which starts no other.
@@ -60,17 +61,13 @@ func begin(t *testing.T, grace time.Duration, args ...string) *setup {
 
 func run(t *testing.T, o guardian.Options, args ...string) *setup {
 	t.Helper()
+	before := fds(t)
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &setup{t: t, out: w, lines: make(chan string, 100), ended: make(chan error, 1), ready: make(chan int, 1000), stop: make(chan os.Signal, 3)}
-	o.Command = func() *exec.Cmd {
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Args = append([]string{pagerRole}, args...)
-		cmd.Stdout, cmd.Stderr = w, os.Stderr
-		return cmd
-	}
+	s := &setup{t: t, before: before, out: w, lines: make(chan string, 100), ended: make(chan error, 1), ready: make(chan int, 1000), stop: make(chan os.Signal, 3)}
+	o.Command = func() *exec.Cmd { return s.pager("/proc/self/exe", args...) }
 	o.Hello, o.Stop, o.Ready = []byte("hello"), s.stop, func(pid int) { s.ready <- pid }
 	go func() {
 		defer close(s.lines)
@@ -84,6 +81,14 @@ func run(t *testing.T, o guardian.Options, args ...string) *setup {
 		w.Close()
 	}()
 	return s
+}
+
+// pager is the command of a stand-in pager.
+func (s *setup) pager(path string, args ...string) *exec.Cmd {
+	cmd := exec.Command(path)
+	cmd.Args = append([]string{pagerRole}, args...)
+	cmd.Stdout, cmd.Stderr = s.out, os.Stderr
+	return cmd
 }
 
 // line waits for the next line that begins with what, and returns its rest.
@@ -115,6 +120,15 @@ func (s *setup) end(limit time.Duration) error {
 		s.t.Fatalf("the guardian has not ended after %v", limit)
 		return nil
 	}
+}
+
+// over expects that Run ends well, and that nothing is left of it.
+func (s *setup) over() {
+	s.t.Helper()
+	if err := s.end(patience); err != nil {
+		s.t.Error(err)
+	}
+	s.noMore()
 }
 
 // serving waits for the next pager that serves, and returns its pid.
@@ -176,12 +190,14 @@ func fds(t *testing.T) map[string]int {
 
 // noMore fails if there are more file descriptors than before, of any kind that a guardian has to do with (and not
 // the runtime: it makes its own when it first needs them).
-func noMore(t *testing.T, before map[string]int) {
-	t.Helper()
-	after := fds(t)
+func (s *setup) noMore() {
+	s.t.Helper()
+	for range s.lines { // until nobody writes any more
+	}
+	after := fds(s.t)
 	for _, kind := range []string{"socket", "pipe", "anon_inode:[userfaultfd]", "anon_inode:[pidfd]"} {
-		if after[kind] > before[kind] {
-			t.Errorf("%s: %d before, %d after", kind, before[kind], after[kind])
+		if after[kind] > s.before[kind] {
+			s.t.Errorf("%s: %d before, %d after", kind, s.before[kind], after[kind])
 		}
 	}
 }
@@ -190,7 +206,6 @@ func noMore(t *testing.T, before map[string]int) {
 // when the pager dies, although a collection has stopped the task's whole Go runtime: in milliseconds, on a loaded machine under the race detector in
 // seconds. What was there stays right, and can be written.
 func TestPagerKilled(t *testing.T) {
-	before := fds(t)
 	s := begin(t, 0, "silent")
 	s.task()
 	s.line("waiting")
@@ -208,9 +223,7 @@ func TestPagerKilled(t *testing.T) {
 	if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) || !strings.Contains(err.Error(), "killed") {
 		t.Errorf("Run ended with %v, want to hear of the kill", err)
 	}
-	for range s.lines {
-	}
-	noMore(t, before)
+	s.noMore()
 }
 
 func checkReport(t *testing.T, r report) {
@@ -234,14 +247,7 @@ func checkReport(t *testing.T, r report) {
 
 // TestPagerEnds: an end in order with nothing left is the end of the guardian.
 func TestPagerEnds(t *testing.T) {
-	before := fds(t)
-	s := begin(t, 0, "drop")
-	if err := s.end(patience); err != nil {
-		t.Error(err)
-	}
-	for range s.lines {
-	}
-	noMore(t, before)
+	begin(t, 0, "drop").over()
 }
 
 // TestEndTask: a task that has left while its memory lives on is the guardian's, though the pager lives.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
 	"runtime"
 	"sync/atomic"
@@ -216,33 +215,12 @@ func heir(ctx context.Context, c *guardian.Client, left []guardian.Item, _ []str
 		}
 	}
 	if len(left) == 0 {
-		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
+		var said string
+		var err error
+		if said, raw, sock, err = startTask(workerRole); err != nil {
 			return err
 		}
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Args = []string{workerRole}
-		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-		cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(pair[1]), "worker")}
-		if err := cmd.Start(); err != nil {
-			return err
-		}
-		unix.Close(pair[1])
-		msg, oob := make([]byte, 64), make([]byte, unix.CmsgSpace(4))
-		n, oobn, _, _, err := unix.Recvmsg(pair[0], msg, oob, unix.MSG_CMSG_CLOEXEC)
-		if err != nil {
-			return err
-		}
-		cm, err := unix.ParseSocketControlMessage(oob[:oobn])
-		if err != nil || len(cm) != 1 {
-			return fmt.Errorf("no userfaultfd: %w", err)
-		}
-		got, err := unix.ParseUnixRights(&cm[0])
-		if err != nil {
-			return err
-		}
-		raw, sock = got[0], pair[0]
-		fmt.Sscan(string(msg[:n]), &start)
+		fmt.Sscan(said, &start)
 		if err := errors.Join(putTask(ctx, c, 1, "worker", raw, sock), putRange(ctx, c, 1, 1, guardian.Range{Start: start, Len: workerPages * page})); err != nil {
 			return err
 		}

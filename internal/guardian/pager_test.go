@@ -77,40 +77,49 @@ func pagerMain(args []string) error {
 	return fmt.Errorf("what is %q?", args[0])
 }
 
-// serveNothing starts a task, prepares its memory, and reads all the faults it is about to make. What it returns ends the task's service.
-func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error) {
-	sock, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+// startTask starts a process in a role, and takes what it says about itself, its userfaultfd, and its socket.
+func startTask(role string) (said string, raw, sock int, err error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, err
+		return "", 0, 0, err
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Args = []string{taskRole}
+	cmd.Args = []string{role}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(sock[1]), "task")}
+	cmd.ExtraFiles = []*os.File{os.NewFile(uintptr(pair[1]), role)}
 	if err := cmd.Start(); err != nil {
-		return nil, err
+		return "", 0, 0, err
 	}
-	unix.Close(sock[1])
+	unix.Close(pair[1])
 	msg, oob := make([]byte, 256), make([]byte, unix.CmsgSpace(4))
-	n, oobn, _, _, err := unix.Recvmsg(sock[0], msg, oob, unix.MSG_CMSG_CLOEXEC)
+	n, oobn, _, _, err := unix.Recvmsg(pair[0], msg, oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return "", 0, 0, err
+	}
+	cm, err := unix.ParseSocketControlMessage(oob[:oobn])
+	if err != nil || len(cm) != 1 {
+		return "", 0, 0, fmt.Errorf("no userfaultfd: %w", err)
+	}
+	got, err := unix.ParseUnixRights(&cm[0])
+	if err != nil {
+		return "", 0, 0, err
+	}
+	return string(msg[:n]), got[0], pair[0], nil
+}
+
+// serveNothing starts a task, prepares its memory, and reads all the faults it is about to make. What it returns ends the task's service.
+func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error) {
+	said, raw, sock, err := startTask(taskRole)
 	if err != nil {
 		return nil, err
 	}
 	var pid int
 	var small, sparse, private uint64
-	if _, err := fmt.Sscan(string(msg[:n]), &pid, &small, &sparse, &private); err != nil {
-		return nil, fmt.Errorf("task said %q: %w", msg[:n], err)
+	if _, err := fmt.Sscan(said, &pid, &small, &sparse, &private); err != nil {
+		return nil, fmt.Errorf("task said %q: %w", said, err)
 	}
-	cm, err := unix.ParseSocketControlMessage(oob[:oobn])
-	if err != nil || len(cm) != 1 {
-		return nil, fmt.Errorf("no userfaultfd: %w", err)
-	}
-	got, err := unix.ParseUnixRights(&cm[0])
-	if err != nil {
-		return nil, err
-	}
-	fd := uffd.FromFd(got[0])
-	err = errors.Join(putTask(ctx, c, 1, "the task", fd.Fd(), sock[0]), putRange(ctx, c, 1, 1, guardian.Range{Start: sparse, Len: sparseBytes}),
+	fd := uffd.FromFd(raw)
+	err = errors.Join(putTask(ctx, c, 1, "the task", raw, sock), putRange(ctx, c, 1, 1, guardian.Range{Start: sparse, Len: sparseBytes}),
 		putRange(ctx, c, 1, 2, guardian.Range{Start: small, Len: smallPages * page}), putRange(ctx, c, 1, 3, guardian.Range{Start: private, Len: 16 * page}))
 	if err != nil {
 		return nil, err
@@ -121,7 +130,7 @@ func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error)
 	if err := fd.WriteProtect(small+markerPage*page, page, uffd.WriteProtectWP); err != nil {
 		return nil, err
 	}
-	unix.Write(sock[0], []byte("go"))
+	unix.Write(sock, []byte("go"))
 	want := copiers + 5
 	seen := map[uint64]bool{}
 	var msgs [64]uffd.Msg
@@ -140,7 +149,7 @@ func serveNothing(ctx context.Context, c *guardian.Client) (func() error, error)
 			return nil, fmt.Errorf("%d faults of %d: %w", len(seen), want, ctx.Err())
 		}
 	}
-	unix.Write(sock[0], []byte("all wait"))
+	unix.Write(sock, []byte("all wait"))
 	return func() error {
 		fd.Close()
 		return endTask(ctx, c, 1)

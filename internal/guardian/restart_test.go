@@ -19,7 +19,6 @@ import (
 
 // TestHandOver: a new pager is given what the old one had put, in that order, as it was at last.
 func TestHandOver(t *testing.T) {
-	before := fds(t)
 	s := run(t, guardian.Options{Restarts: 1}, "keeper")
 	s.line("put")
 	began := time.Now()
@@ -29,17 +28,24 @@ func TestHandOver(t *testing.T) {
 	}
 	t.Logf("%d items: %v from the kill on", manyItems, time.Since(began))
 	s.stop <- unix.SIGTERM
-	if err := s.end(patience); err != nil {
-		t.Error(err)
+	s.over()
+}
+
+// overTouched stops a guardian whose pagers are heirs, and expects that their task has done something.
+func (s *setup) overTouched() {
+	s.t.Helper()
+	s.stop <- unix.SIGTERM
+	var n int
+	fmt.Sscan(s.line("touches"), &n)
+	s.t.Logf("%d touches", n)
+	if n == 0 {
+		s.t.Error("the task did not touch anything")
 	}
-	for range s.lines {
-	}
-	noMore(t, before)
+	s.over()
 }
 
 // TestHeirs: a task whose pager is killed again and again waits, and never sees anything but its data.
 func TestHeirs(t *testing.T) {
-	before := fds(t)
 	const kills = 40
 	s := run(t, guardian.Options{Restarts: 5, Settled: time.Nanosecond}, "heir")
 	s.task()
@@ -49,19 +55,7 @@ func TestHeirs(t *testing.T) {
 	}
 	s.serving() // the last one lives
 	time.Sleep(100 * time.Millisecond)
-	s.stop <- unix.SIGTERM
-	var touches int
-	fmt.Sscan(s.line("touches"), &touches)
-	t.Logf("%d touches through %d kills", touches, kills)
-	if touches == 0 {
-		t.Errorf("no touch in the lives of %d pagers", kills+1)
-	}
-	if err := s.end(patience); err != nil {
-		t.Error(err)
-	}
-	for range s.lines {
-	}
-	noMore(t, before)
+	s.overTouched()
 }
 
 // TestGiveUp: no pager follows after too many deaths in a row, or when the state is none that it can read.
@@ -114,7 +108,6 @@ func TestStopWhileDying(t *testing.T) {
 
 // TestUpgrade: a program that can take over does, by signal and when the pager asks; one that cannot, or is none, leaves the old pager in peace.
 func TestUpgrade(t *testing.T) {
-	before := fds(t)
 	var s *setup
 	var program atomic.Value
 	hangup := make(chan os.Signal, 1)
@@ -123,12 +116,7 @@ func TestUpgrade(t *testing.T) {
 		if p[0] == "" {
 			return nil, os.ErrNotExist
 		}
-		return func() *exec.Cmd {
-			cmd := exec.Command(p[0])
-			cmd.Args = append([]string{pagerRole}, p[1:]...)
-			cmd.Stdout, cmd.Stderr = s.out, os.Stderr
-			return cmd
-		}, nil
+		return func() *exec.Cmd { return s.pager(p[0], p[1:]...) }, nil
 	}}, "heir")
 	s.task()
 	pid := <-s.ready
@@ -158,32 +146,17 @@ func TestUpgrade(t *testing.T) {
 		}
 		pid = next
 	}
-	s.stop <- unix.SIGTERM
-	if n := s.line("touches"); n == "0" {
-		t.Error("the task did not touch anything")
-	}
-	if err := s.end(patience); err != nil {
-		t.Error(err)
-	}
-	for range s.lines {
-	}
-	noMore(t, before)
+	s.overTouched()
 }
 
 // TestUpgradeFails: a new program that says it can take over, and then dies or never serves, is followed by the old one.
 func TestUpgradeFails(t *testing.T) {
 	for _, program := range []string{"broken", "stuck"} {
 		t.Run(program, func(t *testing.T) {
-			before := fds(t)
 			var s *setup
 			hangup := make(chan os.Signal, 1)
 			s = run(t, guardian.Options{Hangup: hangup, Restarts: 3, TakeOver: 3 * time.Second, Upgrade: func() (func() *exec.Cmd, error) {
-				return func() *exec.Cmd {
-					cmd := exec.Command("/proc/self/exe")
-					cmd.Args = []string{pagerRole, program}
-					cmd.Stdout, cmd.Stderr = s.out, os.Stderr
-					return cmd
-				}, nil
+				return func() *exec.Cmd { return s.pager("/proc/self/exe", program) }, nil
 			}}, "heir")
 			s.task()
 			pid := s.serving()
@@ -192,23 +165,13 @@ func TestUpgradeFails(t *testing.T) {
 			if b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", next)); next == pid || !strings.Contains(string(b), "heir") {
 				t.Errorf("process %d is %q, after %d; want another of the old program", next, b, pid)
 			}
-			s.stop <- unix.SIGTERM
-			if n := s.line("touches"); n == "0" {
-				t.Error("the task did not touch anything")
-			}
-			if err := s.end(patience); err != nil {
-				t.Error(err)
-			}
-			for range s.lines {
-			}
-			noMore(t, before)
+			s.overTouched()
 		})
 	}
 }
 
 // TestFull: the guardian holds no more file descriptors than leave room for its own work.
 func TestFull(t *testing.T) {
-	before := fds(t)
 	var was unix.Rlimit
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
 		t.Fatal(err)
@@ -233,12 +196,7 @@ func TestFull(t *testing.T) {
 		t.Errorf("%s items are left, want %d", got, held)
 	}
 	s.stop <- unix.SIGTERM
-	if err := s.end(patience); err != nil {
-		t.Error(err)
-	}
-	for range s.lines {
-	}
-	noMore(t, before)
+	s.over()
 }
 
 // TestClientGoes: the pager of a program serves it through its deaths, and the end of the program is the end of the guardian, also while there is no pager.
@@ -251,6 +209,7 @@ func TestClientGoes(t *testing.T) {
 	client := os.NewFile(uintptr(pair[1]), "client")
 	defer client.Close()
 	s := run(t, guardian.Options{Client: client, Restarts: 5, Settled: time.Nanosecond}, "owned")
+	s.before = before
 	var b [16]byte
 	for range 5 {
 		pid := s.serving()
@@ -264,8 +223,6 @@ func TestClientGoes(t *testing.T) {
 	if err := s.end(patience); err != nil {
 		t.Error(err)
 	}
-	for range s.lines {
-	}
 	client.Close()
-	noMore(t, before)
+	s.noMore()
 }
