@@ -259,6 +259,8 @@ func TestHostile(t *testing.T) {
 		{"registers again", 2 * time.Second},
 		{"strange files", 3 * time.Second},
 		{"leaves without end", 3 * time.Second},
+		{"odd userfaultfds", 2 * time.Second},
+		{"tricks", 2 * time.Second},
 	} {
 		t.Run(c.attack, func(t *testing.T) {
 			switch c.attack {
