@@ -77,6 +77,7 @@ fuzz:
 
 soak:
 	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -timeout 30m -run 'Metamorphic|Hazard|FillEmptyFill|PagingFiles|PagingSpaceFull|Killed' ./internal/e2e
+	MACHPAGER_SOAK=$(SOAK) $(GO) test -count=1 -v -run TestModel ./pager/checked
 
 systemd-test:
 	contrib/systemd/test/run

@@ -21,7 +21,7 @@
 // A sealed place is never written. Contents go to the other one, and then the entry says that it is pending, with its sum; if more is written before the next Sync, it goes to
 // the same place. Nothing waits for the device. Sync is
 //
-//  1. no unit that is pending may be written, or is being written, until 3 (others may)
+//  1. no unit that is pending may be written, or is being written, until it is sealed (others may)
 //  2. fdatasync: what is pending is on the device, and so are the entries that say so
 //  3. the entries of what was pending are sealed: it counts, and the other place is free for what is written next
 //  4. fdatasync: that it counts is on the device

@@ -67,7 +67,7 @@ func TestSealForgotten(t *testing.T) {
 	})
 	f = mustOpen(t, d, 0)
 	has(t, f, 2, 2)
-	for left := 1; ; left++ {
+	for left := 1; left < 100; left++ {
 		again := d.copy()
 		f := mustOpen(t, again, 0)
 		again.left = left
@@ -78,6 +78,7 @@ func TestSealForgotten(t *testing.T) {
 			return
 		}
 	}
+	t.Error("the unit cannot be written")
 }
 
 // Files that cannot be opened say why, and what to do; nothing in them is changed.
@@ -303,4 +304,67 @@ func FuzzEntry(f *testing.F) {
 			}
 		}
 	})
+}
+
+// moody is a Disk whose n-th operation panics.
+type moody struct {
+	*simDisk
+	n int
+}
+
+func (m *moody) mood() {
+	if m.n--; m.n == 0 {
+		panic("in a bad mood")
+	}
+}
+
+func (m *moody) ReadAt(p []byte, off int64) (int, error) {
+	m.mood()
+	return m.simDisk.ReadAt(p, off)
+}
+
+func (m *moody) WriteAt(p []byte, off int64) (int, error) {
+	m.mood()
+	return m.simDisk.WriteAt(p, off)
+}
+
+func (m *moody) Sync() error {
+	m.mood()
+	return m.simDisk.Sync()
+}
+
+// Whatever a Disk does, nobody waits for ever, and what was written again after it is there.
+func TestPanic(t *testing.T) {
+	for n := 1; n < 40; n++ {
+		d := newDisk()
+		f := mustOpen(t, d, 4*Unit)
+		put(t, f, 1, 0)
+		m := &moody{d, n}
+		f, err := Open(m.simDisk, 0, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.d = m
+		panics := 0
+		try := func(what func() error) {
+			defer func() {
+				if recover() != nil {
+					panics++
+				}
+			}()
+			if err := what(); err != nil {
+				t.Errorf("operation %d: %v", n, err)
+			}
+		}
+		for v := uint64(2); v < 5; v++ {
+			for range 2 { // it is returned again
+				try(func() error { _, err := f.WriteAt(contents(v, 0), 0); return err })
+				try(f.Sync)
+			}
+		}
+		has(t, mustOpen(t, d, 0), 0, 4)
+		if panics > 1 {
+			t.Errorf("operation %d: %d panics", n, panics)
+		}
+	}
 }

@@ -147,9 +147,11 @@ func (r *reader) entries(to []entry, first int) (good int, err error) {
 	if good = r.f.decode(to, table, r.group, first); good == len(to) || r.peek {
 		return good, nil
 	}
-	r.f.tableMu.Lock() // what was read may be a half of one that was being sealed
-	err = r.get(table, tableAt(r.group)+int64(first)*entrySize)
-	r.f.tableMu.Unlock()
+	func() {
+		r.f.tableMu.Lock() // what was read may be a half of one that was being sealed
+		defer r.f.tableMu.Unlock()
+		err = r.get(table, tableAt(r.group)+int64(first)*entrySize)
+	}()
 	return r.f.decode(to, table, r.group, first), err
 }
 

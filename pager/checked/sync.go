@@ -30,15 +30,16 @@ func (f *File) Sync() error {
 	f.beginSealing(sealing)
 	f.mu.Unlock()
 	f.gate.Unlock()
+	defer func() { // also if a Disk panics: writers wait for it
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for group, u := range sealing { // those that could not be sealed
+			f.addPending(group, u)
+		}
+		f.endSealing()
+	}()
 	failpoint.Here("checked.sync")
-	err := f.sealAll(sealing, true)
-	f.mu.Lock()
-	for group, u := range sealing { // those that could not be sealed
-		f.addPending(group, u)
-	}
-	f.endSealing()
-	f.mu.Unlock()
-	if err != nil {
+	if err := f.sealAll(sealing, true); err != nil {
 		return fmt.Errorf("synchronize: %w", err)
 	}
 	return nil
@@ -142,14 +143,16 @@ func (f *File) recover() error {
 	f.mu.Lock()
 	f.beginSealing(found)
 	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.endSealing()
+	}()
 	err := f.takeOver(found)
 	if err == nil {
 		failpoint.Here("checked.found")
 		err = f.sealAll(found, false)
 	}
-	f.mu.Lock()
-	f.endSealing()
-	f.mu.Unlock()
 	if err != nil {
 		return fmt.Errorf("synchronize what an earlier process left: %w", err)
 	}

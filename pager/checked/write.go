@@ -74,10 +74,7 @@ var errLeft = errors.New("another process has left it pending")
 func (f *File) writeUnits(p []byte, off int64) error {
 	err := f.tryWrite(p, off)
 	if errors.Is(err, errLeft) {
-		f.syncMu.Lock()
-		err = f.recover()
-		f.syncMu.Unlock()
-		if err == nil {
+		if err = f.recoverFirst(); err == nil {
 			err = f.tryWrite(p, off)
 		}
 	}
@@ -85,6 +82,12 @@ func (f *File) writeUnits(p []byte, off int64) error {
 		return fmt.Errorf("write %d bytes at %d: %w", len(p), off, err)
 	}
 	return nil
+}
+
+func (f *File) recoverFirst() error {
+	f.syncMu.Lock()
+	defer f.syncMu.Unlock()
+	return f.recover()
 }
 
 // tryWrite writes the contents, then the entries. Whichever came first: who finds one without the other takes what is sealed.
