@@ -24,6 +24,7 @@ func newServe() *cobra.Command {
 	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreTiered}}
 	resident, compressed, capacity, userSpace, taskMapped := size(0), size(0), size(0), size(0), size(0)
 	var grace time.Duration
+	var standby bool
 	c := &cobra.Command{
 		Use:   "serve",
 		Short: "Run a pager for everybody who may open its socket",
@@ -47,6 +48,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 				return err
 			}
 			o.Resident, o.Compressed, o.Capacity, o.Grace = int64(resident), int64(compressed), int64(capacity), grace
+			o.NoStandby = !standby
 			o.Quotas.UserSpace, o.Quotas.TaskMapped = int64(userSpace), int64(taskMapped)
 			if err := o.Check(); err != nil {
 				return usageError{fmt.Errorf("%w (see machpager serve --help)", err)}
@@ -78,6 +80,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 		"give tasks an open /dev/userfaultfd: full userfaultfd for whoever may use the socket, which the sysctl vm.unprivileged_userfaultfd withholds")
 	f.DurationVar(&grace, "grace", 10*time.Second, "how long tasks may take to leave after the first signal")
 	f.IntVar(&o.Restarts, "restarts", 0, "deaths of the pager in a row, each within 10 s of its start, that are answered with a new one on what it left (0: 5, -1: none)")
+	f.BoolVar(&standby, "standby", true, "start the next pager beside the one that serves, to take its place at once when it dies; it takes some MiB")
 	logFlags(c, &o.Level, &o.JSON)
 	return c
 }

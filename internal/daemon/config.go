@@ -32,6 +32,7 @@ type Config struct {
 	Group      string        // name or number of the group that may use Socket; "": the user alone
 	Restarts   int           // deaths of the pager in a row that are answered with a new one: see guardian.Options; 0: the default, less: none
 	Settled    time.Duration // how long a pager must have lived for its death to be the first in a row again; 0: 10 s
+	NoStandby  bool          // start the next pager when one has died, and none beforehand: see guardian.Options.Standby
 	Failpoints string        // of tests: what each pager arms (package failpoint); with ";" between, what the first, the second, ... and every one after those
 	Confine    string        // one of Confines; "": ConfineAuto
 	Quotas     Quotas        // of users and tasks

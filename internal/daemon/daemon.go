@@ -56,6 +56,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -99,6 +100,9 @@ type Options struct {
 
 // minProcs is GOMAXPROCS at least: a manager that computes, or a collection, must not keep fault readers from running.
 const minProcs = 4
+
+// takeOverGC is the percentage of the collector (GOGC) until the pager serves.
+const takeOverGC = 5000
 
 // closeLimit bounds the end of a pager. What is left then is the guardian's.
 const closeLimit = 3 * time.Second
@@ -150,7 +154,7 @@ func Run(o Options) error {
 	if runtime.GOMAXPROCS(0) < minProcs {
 		runtime.GOMAXPROCS(minProcs)
 	}
-	d := &Daemon{config: o.Config, managers: map[string]*Manager{}, log: o.Log, tier: privilege(), stop: make(chan struct{}),
+	d := &Daemon{config: o.Config, managers: map[string]*Manager{}, log: o.Log, stop: make(chan struct{}),
 		movements: movements{some: make(chan struct{}, 1), all: map[uint64][]vm.Span{}}}
 	d.objects.init()
 	d.limits.init()
@@ -161,17 +165,25 @@ func Run(o Options) error {
 		}
 		d.managers[m.Name] = &o.Managers[i]
 	}
+	// While it takes over, a collection would hold up who waits for it, and find nothing. The percentage bounds what is put off, at some hundred MiB.
+	collect := debug.SetGCPercent(takeOverGC)
+	items, err := d.standBy(o.Guardian)
+	switch {
+	case errors.Is(err, ipc.ErrGone):
+		return nil // nobody has needed this pager, and nobody will
+	case err != nil:
+		return fmt.Errorf("start pager: %w", err)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	var own *net.UnixConn
 	if o.Client != nil {
-		var err error
 		if own, err = fileConn(o.Client); err != nil {
 			return fmt.Errorf("start pager: %w", err)
 		}
 	}
 	var listener *net.UnixListener
-	left, err := d.open(o.Guardian)
+	left, err := d.open(items)
 	if err == nil && o.Socket != "" {
 		listener, err = d.listen(left, o.Listener)
 	}
@@ -185,6 +197,7 @@ func Run(o Options) error {
 		failpoint.Here("daemon.adopt.resume")
 		d.resume(left)
 	}
+	debug.SetGCPercent(collect)
 	if err == nil {
 		failpoint.Here("daemon.adopt.ready")
 		err = d.guardian.Ready(ctx)
@@ -266,23 +279,27 @@ func (d *Daemon) arm() error {
 // drain is the guardian's Stop: no new tasks, and the end when the last has left.
 func (d *Daemon) drain() { d.stopOnce.Do(func() { close(d.stop) }) }
 
+// standBy waits until this pager is the one that serves: the first at once, the standby of another one when that has died. Until then it must touch nothing that
+// the other uses, and of what comes from its client and from tasks it must not read a byte, nor even be woken by it. It ends with ipc.ErrGone if the guardian does.
+func (d *Daemon) standBy(link *os.File) (items []guardian.Item, err error) {
+	// What can be had before is had before. What it finds is open's to say, when somebody wants to hear it.
+	_ = uffd.HaveRequired()
+	if d.guardian, err = guardian.NewClient(link, d.drain, acceptsState, d.log); err != nil {
+		return nil, err
+	}
+	return d.guardian.Items(context.Background())
+}
+
 // open makes everything that does not need a task, or takes over what an earlier pager left: then left is not nil, and resume must follow. What it made when it
 // fails is close's, unless left is not nil.
-func (d *Daemon) open(link *os.File) (left *inheritance, err error) {
-	d.most = theMost()
-	if err = uffd.HaveRequired(); err != nil {
-		return left, err
-	}
-	if d.guardian, err = guardian.NewClient(link, d.drain, acceptsState, d.log); err != nil {
-		return left, err
-	}
+func (d *Daemon) open(items []guardian.Item) (left *inheritance, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), guardianPatience)
 	defer cancel()
-	items, err := d.guardian.Items(ctx)
-	if err != nil {
+	if left, err = d.inherit(items); err != nil {
 		return left, err
 	}
-	if left, err = d.inherit(items); err != nil {
+	d.tier, d.most = privilege(), theMost()
+	if err = uffd.HaveRequired(); err != nil {
 		return left, err
 	}
 	if left != nil {

@@ -5,10 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,7 +22,6 @@ import (
 func init() {
 	tasks["survivor"] = told(survivor)
 	tasks["sharer"] = using(sharer)
-	tasks["pauses"] = using(pauses)
 }
 
 // restarts is how many deaths a pager of these tests may die: more than they kill.
@@ -356,95 +353,5 @@ func TestSurvives(t *testing.T) {
 			other.wait()
 			k.wait()
 		})
-	}
-}
-
-type pausesArg struct {
-	At
-	Port emm.Port
-	Size int64
-}
-
-// pauses faults on resident pages as fast as it can, and tells the longest that one access took in each round.
-func pauses(ctx context.Context, c *conn, p *region.Pager, arg pausesArg) error {
-	o, r, err := share(ctx, p, arg.Port, arg.Size, nil)
-	if err != nil {
-		return err
-	}
-	if err := r.Populate(ctx, 0, arg.Size, true); err != nil {
-		return err
-	}
-	if err := c.send(o.Port()); err != nil {
-		return err
-	}
-	for {
-		var d time.Duration
-		if err := c.recv(&d); err != nil {
-			return err
-		}
-		if d == 0 {
-			return firstOf(r.Close(), o.Close())
-		}
-		// Each access is a fault: the page was paged out, or is new.
-		extra, err := p.Allocate(ctx, 1<<30, nil)
-		if err != nil {
-			return err
-		}
-		longest, n := time.Duration(0), 0
-		for began := time.Now(); time.Since(began) < d; n++ {
-			at := time.Now()
-			extra.Bytes()[n<<12%(1<<30)] = 1
-			longest = max(longest, time.Since(at))
-		}
-		if err := extra.Close(); err != nil {
-			return err
-		}
-		if err := c.send(longest); err != nil {
-			return err
-		}
-	}
-}
-
-// TestPause measures how long threads in faults wait for the next pager: 1 GiB resident, four tasks. The bound is far above what is wanted: a
-// machine that is loaded is no error.
-func TestPause(t *testing.T) {
-	const rounds, size = 8, 256 << 20
-	socket, _ := pagerAt(t, pagerOptions{Served: true, Resident: 2 << 30, Store: "memory", Restarts: restarts, Settled: 1})
-	ks := make([]*task, 4)
-	for i := range ks {
-		ks[i] = start(t, "pauses", nil)
-		ks[i].send(pausesArg{At: At{socket}, Size: size})
-		var port emm.Port
-		ks[i].recv(&port)
-	}
-	p := dial(t, socket)
-	defer p.Close()
-	i, err := p.Info(t.Context())
-	if err != nil || i.Resident < 4*size {
-		t.Fatalf("%d bytes resident, want %d: %v", i.Resident, 4*size, err)
-	}
-	var all []time.Duration
-	for range rounds {
-		for _, k := range ks {
-			k.send(600 * time.Millisecond)
-		}
-		time.Sleep(100*time.Millisecond + time.Duration(rand.IntN(100))*time.Millisecond)
-		if _, err := killPager(t.Context(), p); err != nil {
-			t.Fatal(err)
-		}
-		for _, k := range ks {
-			var d time.Duration
-			k.recv(&d)
-			all = append(all, d)
-		}
-	}
-	for _, k := range ks {
-		k.send(time.Duration(0))
-		k.wait()
-	}
-	slices.Sort(all)
-	t.Logf("pauses of %d tasks over %d deaths, %d MiB resident: median %v, most %v", len(ks), rounds, i.Resident>>20, all[len(all)/2], all[len(all)-1])
-	if all[len(all)/2] > 5*time.Second {
-		t.Error("that is no pause")
 	}
 }

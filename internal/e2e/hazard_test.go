@@ -47,6 +47,7 @@ type pagerOptions struct {
 	Compressed, Capacity int64
 
 	Restarts   int
+	NoStandby  bool
 	Served     bool // by spawn.Serve: until SIGTERM
 	Settled    time.Duration
 	Failpoints string
@@ -64,7 +65,7 @@ func servePager(c *conn, o pagerOptions) error {
 		log := slog.New(slog.NewTextHandler(os.Stderr, nil))
 		return spawn.Serve(c.untilTold(), spawn.ServeOptions{Log: log, Grace: time.Second, Ready: func(int) { c.send(true) }, Config: daemon.Config{
 			Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir, Compressed: o.Compressed, Capacity: o.Capacity, Restarts: o.Restarts,
-			Settled: o.Settled, Failpoints: o.Failpoints}})
+			NoStandby: o.NoStandby, Settled: o.Settled, Failpoints: o.Failpoints}})
 	}
 	p, err := startPager(context.Background(), spawn.Options{Restarts: o.Restarts, Resident: o.Resident, Socket: o.Socket, Store: o.Store, Policy: o.Policy, Dir: o.Dir,
 		Compressed: o.Compressed, Capacity: o.Capacity})

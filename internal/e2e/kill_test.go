@@ -130,21 +130,11 @@ type restless struct {
 	pauses                       []time.Duration // from a disturbance to the first operation that ended well
 }
 
-// pager is the process that serves now, or will; 0: there is none for the moment.
-func (v *restless) pager() int {
-	for _, pid := range descendants(v.guard.cmd.Process.Pid) {
-		if alive(pid) && strings.HasPrefix(cmdline(pid), "machpager-pager") {
-			return pid
-		}
-	}
-	return 0
-}
-
-// await waits until there is a pager other than not.
+// await waits until there is a pager, other than not, that serves or is about to.
 func (v *restless) await(not int, limit time.Duration) int {
 	for end := time.Now().Add(limit); ; time.Sleep(time.Millisecond) {
-		if pid := v.pager(); pid != 0 && pid != not {
-			return pid
+		if all := pagersOf(v.guard.cmd.Process.Pid); len(all) > 0 && all[0] != not {
+			return all[0]
 		}
 		if time.Now().After(end) {
 			return 0

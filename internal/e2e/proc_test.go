@@ -2,9 +2,11 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -93,6 +95,29 @@ func alive(pid int) bool {
 	}
 	i := bytes.LastIndexByte(b, ')')
 	return i >= 0 && i+2 < len(b) && b[i+2] != 'Z' && b[i+2] != 'X'
+}
+
+// pagersOf are the living pagers below a process, in the order in which they were started: the one that serves, and the one that stands by.
+func pagersOf(pid int) (pids []int) {
+	at := map[int]uint64{}
+	for _, pid := range descendants(pid) {
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		i := bytes.LastIndexByte(b, ')')
+		if f := strings.Fields(string(b[i+1:])); len(f) > 19 && alive(pid) && strings.HasPrefix(cmdline(pid), "machpager-pager") {
+			at[pid], _ = strconv.ParseUint(f[19], 10, 64) // starttime, proc_pid_stat(5)
+			pids = append(pids, pid)
+		}
+	}
+	slices.SortFunc(pids, func(a, b int) int { return cmp.Or(cmp.Compare(at[a], at[b]), cmp.Compare(a, b)) })
+	return pids
+}
+
+// standbyOf waits for the pager that stands by below a process.
+func standbyOf(t testing.TB, pid int) int {
+	t.Helper()
+	var pids []int
+	eventually(t, 10*time.Second, "a pager stands by", func() bool { pids = pagersOf(pid); return len(pids) == 2 })
+	return pids[1]
 }
 
 // eventually waits for cond.

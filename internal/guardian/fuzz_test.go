@@ -31,7 +31,7 @@ func FuzzItems(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handler(make(chan struct{}, 1))})
+		link := ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handler(serving())})
 		theirs, err := ipc.FileConn(file)
 		if err != nil {
 			t.Fatal(err)

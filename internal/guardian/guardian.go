@@ -17,6 +17,18 @@
 // once; if it dies soon, after a delay; if too many in a row die soon (Options.Restarts), or the new one says that the state is none it can read
 // (ExitState), there is no other. While there is no pager, threads wait in their faults and calls wait for their replies: the new pager wakes and answers them.
 //
+// # The standby
+//
+// Most of what a death costs is the start of a process. So the guardian starts the next pager beforehand (Options.Standby): it is greeted, has the link, and waits to be
+// given what is held. Until it is, it is asked for nothing and may say nothing: what it says is refused. When the pager dies the standby is given everything, at once.
+//
+//	it is started     when a pager has served for Options.Standby: not while a pager starts or takes over, and not for one that soon ends
+//	it dies           another is started later: standbyDelay. That is no death of a pager. One that is dead when it is needed is as none
+//	the pager dies    while there is none: another is started then, as ever. While one is started: that one follows
+//	pagers keep dying the delays stay: the standby waits for its turn
+//	an upgrade        the standby is ended when the new program has said that it takes over; the next is of the new program, and is started when that serves
+//	the guardian ends the standby is ended, or ends by itself at the end of its link
+//
 // # An upgrade
 //
 // The guardian starts the new program beside the pager, and asks whether it can take over state of the kind that the pager says it has (ItemState). Only
@@ -71,6 +83,9 @@ type Options struct {
 	Restarts int
 	// Settled is how long a pager that served must have lived for its death to be the first in a row again; 0: 10 s.
 	Settled time.Duration
+	// Standby is how long a pager must have served for another to be started beside it, which takes its place at once when it dies; 0: the next is started when
+	// one has died. For Restarts above 0.
+	Standby time.Duration
 	// TakeOver is how long a pager may take to serve when it follows another one; 0: 60 s. One that takes longer is ended, and counts as dead.
 	TakeOver time.Duration
 	// Stop ends the pager in order: from the first value on it takes no tasks, and those it has may leave until Grace is over. The second value is the

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"sync/atomic"
 
 	"machpager/internal/ipc"
+	"machpager/pager/emm"
 )
 
 // life is one pager process and the link to it.
@@ -16,6 +18,7 @@ type life struct {
 	ready   chan struct{}    // filled when the pager serves
 	status  chan error       // filled when the process was waited for
 	command func() *exec.Cmd // what makes more of it; nil: what made the others
+	current atomic.Bool      // it is the one that serves, or is about to: what it says counts
 }
 
 // start starts a pager. It is given nothing yet.
@@ -25,7 +28,7 @@ func (s *supervisor) start(command func() *exec.Cmd, hello []byte) (*life, error
 		return nil, fmt.Errorf("start pager: %w", err)
 	}
 	l := &life{cmd: command(), ready: make(chan struct{}, 1), status: make(chan error, 1)}
-	l.link = ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handler(l.ready), Log: s.Log})
+	l.link = ipc.NewLink(conn, &ipc.LinkOptions{Handler: s.handler(l), Log: s.Log})
 	l.cmd.ExtraFiles = []*os.File{theirs}
 	if s.Client != nil {
 		l.cmd.ExtraFiles = append(l.cmd.ExtraFiles, s.Client)
@@ -53,8 +56,11 @@ func (l *life) drop() {
 }
 
 // handler serves the pager's end of the link.
-func (s *supervisor) handler(ready chan<- struct{}) ipc.Handler {
+func (s *supervisor) handler(l *life) ipc.Handler {
 	return func(ctx context.Context, m *ipc.Message) (ipc.Reply, error) {
+		if !l.current.Load() {
+			return ipc.Reply{}, fmt.Errorf("guardian: %v of a pager that stands by: %w", m.Type, emm.Failure)
+		}
 		switch m.Type {
 		case ipc.TypePut:
 			p, tail, err := ipc.Decode[ipc.Put](m.Body)
@@ -70,7 +76,7 @@ func (s *supervisor) handler(ready chan<- struct{}) ipc.Handler {
 			return ipc.Reply{}, err
 		case ipc.TypeReady:
 			select {
-			case ready <- struct{}{}:
+			case l.ready <- struct{}{}:
 			default:
 			}
 			return ipc.Reply{}, nil

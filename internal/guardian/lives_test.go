@@ -31,7 +31,13 @@ var lives = map[string]func(ctx context.Context, c *guardian.Client, left []guar
 	},
 	"stuck":  func(context.Context, *guardian.Client, []guardian.Item, []string, <-chan struct{}) error { select {} },
 	"greedy": greedy,
-	"owned":  owned,
+	"eager": func(ctx context.Context, c *guardian.Client, _ []guardian.Item, _ []string, _ <-chan struct{}) error {
+		if err := c.Ready(ctx); err != nil {
+			return err
+		}
+		select {}
+	},
+	"owned": owned,
 }
 
 // accepts is the state of version 1, for programs that are not the other one.

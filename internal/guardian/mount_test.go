@@ -40,7 +40,7 @@ func TestResize(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	guard := ipc.NewLink(a, &ipc.LinkOptions{Handler: (&supervisor{table: tab}).handler(make(chan struct{}, 1))})
+	guard := ipc.NewLink(a, &ipc.LinkOptions{Handler: (&supervisor{table: tab}).handler(serving())})
 	defer guard.Close()
 	c, err := NewClient(file, func() {}, nil, nil)
 	if err != nil {
@@ -73,4 +73,11 @@ func TestResize(t *testing.T) {
 			t.Errorf("%+v: %v", q, err)
 		}
 	}
+}
+
+// serving is a pager whose word counts.
+func serving() *life {
+	l := &life{ready: make(chan struct{}, 1)}
+	l.current.Store(true)
+	return l
 }

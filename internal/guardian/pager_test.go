@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"machpager/internal/guardian"
+	"machpager/internal/ipc"
 	"machpager/uffd"
 )
 
@@ -34,6 +35,14 @@ func pagerMain(args []string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	if args[0] == "eager" { // before it is its turn, perhaps
+		time.Sleep(10 * time.Millisecond) // the first one's comes at once
+		err := c.Put(ctx, guardian.Item{Kind: ipc.ItemSetting, ID: 1})
+		if err != nil && c.Ready(ctx) == nil {
+			return errors.New("a pager that may not say anything may say that it serves")
+		}
+		fmt.Println("eager", err == nil)
+	}
 	items, err := c.Items(ctx)
 	if err != nil {
 		return err

@@ -71,8 +71,13 @@ func TestGiveUp(t *testing.T) {
 		{"state", 5, guardian.ExitState, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			s := run(t, guardian.Options{Restarts: c.restarts}, "quick", fmt.Sprint(c.status))
-			s.kill()
+			s := run(t, guardian.Options{Restarts: c.restarts, Standby: time.Millisecond}, "quick", fmt.Sprint(c.status))
+			if pid := s.serving(); c.restarts > 0 { // a standby changes nothing
+				s.standsBy(pid)
+				syscall.Kill(pid, syscall.SIGKILL)
+			} else {
+				syscall.Kill(pid, syscall.SIGKILL)
+			}
 			err := s.end(patience)
 			n := 0
 			for range s.lines {

@@ -24,13 +24,13 @@ type supervisor struct {
 	grace   <-chan time.Time // ends the grace; nil: not stopping
 	killed  bool             // the end of the grace, or the second Stop: no other pager follows
 	upgrade chan upgrade     // asks for an upgrade
-	next    *life            // stands by to follow the pager there is; nil: none
+	standby                  // what follows the pager there is
 	old     func() *exec.Cmd // makes pagers of the program before the upgrade, until the new one has served; nil: no upgrade is that young
 }
 
 // run returns when no other pager is to follow, with what the last one ended with.
 func (s *supervisor) run() error {
-	defer func() { s.next.drop() }()
+	defer s.dropStandby()
 	for deaths := 0; ; {
 		began := time.Now()
 		err := s.once()
@@ -38,8 +38,8 @@ func (s *supervisor) run() error {
 		switch {
 		case err == nil || s.killed && s.stops > 0:
 			return nil
-		case s.next != nil:
-			deaths = 0
+		case s.upgrading:
+			s.upgrading, deaths = false, 0
 			continue
 		case !s.served || s.Restarts <= 0:
 			return err
@@ -96,8 +96,7 @@ func (s *supervisor) stopping() {
 
 // once is the life of one pager: nil if it ended in order.
 func (s *supervisor) once() error {
-	l := s.next
-	s.next = nil
+	l := s.takeStandby()
 	if l == nil {
 		var err error
 		if l, err = s.start(s.Command, s.Hello); err != nil {
@@ -111,6 +110,7 @@ func (s *supervisor) once() error {
 		s.Command = l.command
 	}
 	s.ready = false
+	l.current.Store(true)
 	given := make(chan error, 1)
 	go func() { given <- s.table.give(l.link) }()
 	err := s.watch(l, given)
@@ -127,7 +127,7 @@ func (s *supervisor) once() error {
 func (s *supervisor) watch(l *life, given <-chan error) error {
 	var (
 		pid      = l.cmd.Process.Pid
-		prepared chan prepared // the pager that is to follow this one
+		prepared chan prepared // the pager of an upgrade
 		asked    upgrade
 		hangup   = s.Hangup
 		late     <-chan time.Time // a pager that takes over must come to it
@@ -147,6 +147,7 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 			asked.answer(errors.New("upgrade: the pager has died meanwhile"))
 		}
 	}()
+	s.wait = nil
 	for {
 		select {
 		case err := <-l.status:
@@ -165,6 +166,7 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 			l.cmd.Process.Kill()
 		case <-l.ready:
 			s.served, s.ready, s.old, late = true, true, nil, nil
+			s.wantStandby(s.Standby)
 			if s.Ready != nil {
 				s.Ready(pid)
 			}
@@ -174,7 +176,7 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 		case <-hangup:
 			if prepared == nil && s.stops == 0 {
 				asked = upgrade{}
-				prepared = s.prepare()
+				prepared = prepare(s.successor)
 			}
 		case u := <-s.upgrade:
 			if prepared != nil || s.stops > 0 {
@@ -182,7 +184,7 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 				continue
 			}
 			asked = u
-			prepared = s.prepare()
+			prepared = prepare(s.successor)
 		case p := <-prepared:
 			prepared = nil
 			if p.err != nil {
@@ -191,8 +193,16 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 				continue
 			}
 			s.Log.Info("upgrading: ending the pager, which another one follows", "pid", pid, "next", p.life.cmd.Process.Pid)
-			s.next = p.life
+			old := s.next
+			s.next, s.upgrading = p.life, true
 			l.cmd.Process.Kill()
+			old.drop() // of the program that is to be no more
+		case <-s.wait:
+			s.startStandby()
+		case p := <-s.starting:
+			s.standbyStarted(p)
+		case err := <-s.next.ended():
+			s.standbyDied(err)
 		case <-s.Stop:
 			if s.stopping(); s.killed {
 				l.cmd.Process.Kill()

@@ -25,12 +25,6 @@ func (u upgrade) answer(err error) {
 	}
 }
 
-// prepared is a pager that stands by, or why there is none.
-type prepared struct {
-	life *life
-	err  error
-}
-
 // ask asks for an upgrade on behalf of the pager. It returns only why there is none: after an upgrade nobody is left to be answered.
 func (s *supervisor) ask(ctx context.Context) error {
 	u := upgrade{make(chan error, 1)}
@@ -47,34 +41,22 @@ func (s *supervisor) ask(ctx context.Context) error {
 	}
 }
 
-// prepare starts a pager and has it look at the state.
-func (s *supervisor) prepare() chan prepared {
-	c := make(chan prepared, 1)
-	go func() {
-		l, err := s.standBy()
-		if err != nil {
-			err = fmt.Errorf("upgrade: %w", err)
-		}
-		c <- prepared{l, err}
-	}()
-	return c
-}
-
-func (s *supervisor) standBy() (*life, error) {
+// successor starts a pager of the program that is there now, and has it look at the state.
+func (s *supervisor) successor() (*life, error) {
 	if s.Upgrade == nil {
-		return nil, fmt.Errorf("this pager belongs to one program, and ends with it: %w", emm.InvalidArgument)
+		return nil, fmt.Errorf("upgrade: this pager belongs to one program, and ends with it: %w", emm.InvalidArgument)
 	}
 	state, ok := s.table.state()
 	if !ok {
-		return nil, fmt.Errorf("the pager has not said what kind of state it has: %w", emm.Failure)
+		return nil, fmt.Errorf("upgrade: the pager has not said what kind of state it has: %w", emm.Failure)
 	}
 	command, err := s.Upgrade()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("upgrade: %w", err)
 	}
 	l, err := s.start(command, s.Hello)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("upgrade: %w", err)
 	}
 	l.command = command
 	ctx, cancel := context.WithTimeout(context.Background(), offerLimit)
@@ -82,7 +64,7 @@ func (s *supervisor) standBy() (*life, error) {
 	m, err := l.link.Call(ctx, ipc.TypeOffer, ipc.Give{Kind: ipc.ItemState, A: state.a, B: state.b}, &ipc.CallOptions{Tail: state.tail})
 	if err != nil {
 		l.drop()
-		return nil, fmt.Errorf("the new program does not take over: %w", err)
+		return nil, fmt.Errorf("upgrade: the new program does not take over: %w", err)
 	}
 	m.Close()
 	return l, nil

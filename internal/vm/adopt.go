@@ -18,7 +18,7 @@ import (
 //	AdoptObject   for each object: every word of its table by the rules of page.Adopt, its frames counted, its manager told (Init)
 //	NewTask       for each task: it has no reader yet
 //	AdoptMapping  for each mapping, where the task has it; AdoptWire for what it has wired
-//	Resume        readers begin, every range is woken once
+//	Resume        readers begin, every range is woken once; then the policy is told what is resident (introduce)
 //
 // Until Resume nothing is cleaned, evicted, discarded or paged out: a page must be protected in every mapping before its contents are read, and until then not
 // all of them are known.
@@ -78,7 +78,6 @@ func (v *VM) AdoptObject(opt AdoptOptions) (*Object, Adopted, error) {
 		v.mu.Lock()
 		delete(v.objects, o.id)
 		v.mu.Unlock()
-		v.policy.Forget(o.frameRun(0, o.npages()))
 		v.frames.Release(int(o.resident.Load()))
 		return fail(err)
 	}
@@ -156,12 +155,18 @@ func (o *Object) adopt() (a Adopted, err error) {
 			p++
 			continue
 		}
-		for end = p; end < n; end++ {
-			now, remains := page.Adopt(o.word(end))
-			if remains == page.PunchFrame || !now.Resident() {
-				break
+		end = p
+		for same := w; end < n; end++ { // most words are as the one before
+			was := o.word(end)
+			if was != same {
+				now, remains = page.Adopt(was)
+				if same = was; remains == page.PunchFrame || !now.Resident() {
+					break
+				}
 			}
-			o.adoptWord(end)
+			if now != was {
+				o.words[end].Store(uint64(now))
+			}
 			if now.State() == page.Dirty {
 				a.Dirty++
 			}
@@ -194,26 +199,12 @@ func (o *Object) adoptWord(p int64) {
 	}
 }
 
-// charge counts the frames of the resident pages [a, b), and tells the policy. How they came is not known: whole extents are taken for one unit each.
+// charge counts the frames of the resident pages [a, b). The policy is told of them later: see introduce.
 func (o *Object) charge(a, b int64) {
 	f := int64(o.framesOf(b - a))
 	o.resident.Add(f)
 	o.vm.frames.Claim(f)
-	one := int64(o.framesOf(1))
-	tell := func(a, b, unit int64) {
-		if a < b {
-			o.vm.policy.Fill(o.frameRun(a, b), unit, -1)
-		}
-	}
-	ext := o.extentPages()
-	first, last := (a+ext-1)/ext*ext, b/ext*ext
-	if !o.vm.frames.Extents() || first >= last {
-		tell(a, b, one)
-		return
-	}
-	tell(a, first, one)
-	tell(first, last, extentSize/frameSize)
-	tell(last, b, one)
+	o.strange = append(o.strange, pageRun{a, b})
 }
 
 // keepStuck counts what would not go of the pages [a, b).
@@ -387,6 +378,49 @@ func (v *VM) Resume() {
 		o.broken = nil
 		resident += o.resident.Load()
 	}
-	v.kickNow() // more than the budget may be resident
+	v.bg.Go(func() { v.introduce(objects) })
 	v.log.Info("resumed", "objects", len(objects), "tasks", len(tasks), "mappings", mappings, "resident", resident*frameSize, "strays", strays, "took", time.Since(began))
+}
+
+const (
+	// introduceAtOnce is how many units the policy is told of in one call: its mutex is held for some of those, and who waits for it answers a fault.
+	introduceAtOnce = 64
+	// introduceCalls is after how many calls introduce rests for introducePause, unless frames are wanted: the threads that have waited for this pager want a processor.
+	introduceCalls = 64
+	introducePause = 100 * time.Microsecond
+)
+
+// introduce tells the policy what is resident of adopted objects. That takes some 0.1 us for each page, for which no thread in a fault must wait; so it is done beside all else, and what
+// the policy has not heard of is no victim for that long. A page may come, go and come again meanwhile, and the policy hear of it in the wrong order. It is made for that: a page that
+// it has heard of twice is taken for new, and one that is gone is refused when it is named as a victim, and is then forgotten (Object.keep).
+func (v *VM) introduce(objects []*Object) {
+	calls := 0
+	for _, o := range objects {
+		for _, r := range o.strange {
+			for p := r.a; p < r.b && v.ctx.Err() == nil && o.gate.enter(); {
+				p = o.introduce(p, r.b)
+				o.gate.leave()
+				if calls++; calls%introduceCalls == 0 && !v.starving.Load() && v.wanted.Load() == 0 {
+					time.Sleep(introducePause)
+				}
+			}
+		}
+		o.strange = nil
+	}
+	v.kickNow() // more than the budget may be resident
+}
+
+// introduce tells of the first of the resident pages [a, b), and returns the first that it has not told of. How they came is not known: whole extents are taken for one unit each.
+func (o *Object) introduce(a, b int64) int64 {
+	unit, ext := int64(o.framesOf(1)), o.extentPages()
+	end := min(b, a+introduceAtOnce)
+	switch first := (a + ext - 1) / ext * ext; {
+	case !o.vm.frames.Extents() || first+ext > b: // none begins here
+	case first == a:
+		unit, end = extentSize/frameSize, a+ext
+	default:
+		end = min(end, first)
+	}
+	o.vm.policy.Fill(o.frameRun(a, end), unit, -1)
+	return end
 }

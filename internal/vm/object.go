@@ -65,7 +65,8 @@ type Object struct {
 	port emm.Port // guarded by mu; of a vm_allocate object: made at its Create
 	own  *Mapping // guarded by mu: the vm's own mapping, for readers that cannot take a COPY
 
-	broken []int64 // pages in Error when the object was adopted; until Resume
+	broken  []int64   // pages in Error when the object was adopted; until Resume
+	strange []pageRun // pages that were resident when the object was adopted and that the policy has not heard of; from Resume on introduce's
 
 	reqMu    sync.Mutex
 	requests []*request               // guarded by reqMu

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -67,6 +68,9 @@ var ownManagers int
 
 // Main serves if this process is a child made by Start or Serve, and then does not return. It belongs on the first line of main, and of TestMain: every
 // init of the program has run in the child by then. managers are the program's own memory managers, for objects that name them.
+//
+// The program runs that far three times: in the guardian, in the pager, and, a quarter of a second after the pager began to serve, in the standby, which takes the pager's place
+// when that dies (Options.NoStandby: only then). So what comes before Main, every init too, should neither cost much nor leave anything behind.
 //
 // A pager without managers of the program's own gives up what it does not need when it begins to serve: all capabilities, and, by landlock(7), every file that it
 // would open by name. With such managers it does not, for nobody knows what they need: Options.Confine "always" says that they make do with what they
@@ -131,7 +135,7 @@ func serveRole(h hello, managers []Manager, log *slog.Logger) error {
 		return err
 	}
 	return guardian.Run(guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Client: link,
-		Restarts: restarts(h.Config), Settled: h.Config.Settled, Ready: func(int) { lessen(h.Config, log) }, Log: log})
+		Restarts: restarts(h.Config), Standby: standby(h.Config), Settled: h.Config.Settled, Ready: func(int) { lessen(h.Config, log) }, Log: log})
 }
 
 // pagerCommand is the command of a pager that is this program.
@@ -151,6 +155,16 @@ func restarts(c daemon.Config) int {
 		return defaultRestarts
 	}
 	return max(c.Restarts, 0)
+}
+
+// standbyAfter is how long a pager must have served for another to be started beside it: programs that are over by then do without.
+const standbyAfter = 250 * time.Millisecond
+
+func standby(c daemon.Config) time.Duration {
+	if c.NoStandby {
+		return 0
+	}
+	return standbyAfter
 }
 
 // lessen takes from this process, a guardian whose pager serves, the capabilities that neither it nor a pager that it starts again needs: all but those for the size of the frames' tmpfs,

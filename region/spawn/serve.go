@@ -82,7 +82,7 @@ func Serve(ctx context.Context, o ServeOptions) error {
 			o.Ready(pid)
 		}
 	}
-	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Settled: o.Settled, Stop: signals, Grace: o.Grace, Ready: ready, Listener: o.Listener, Log: log}
+	g := guardian.Options{Command: pagerCommand, SetMountSize: frames.SetMountSize, Hello: b, Restarts: restarts(o.Config), Standby: standby(o.Config), Settled: o.Settled, Stop: signals, Grace: o.Grace, Ready: ready, Listener: o.Listener, Log: log}
 	if g.Restarts > 0 {
 		path, err := os.Executable()
 		if err != nil {

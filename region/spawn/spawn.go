@@ -57,6 +57,7 @@ type Options struct {
 	Policy     string       // what chooses the pages that go: "refault" or "fifo"; "": "refault"
 	Socket     string       // listen here too, so that other processes can Dial it; "": private
 	Restarts   int          // how many deaths of the pager in a row, each within 10 s of its start, are answered with a new one that goes on; 0: 5; less: none
+	NoStandby  bool         // do not start the next pager beforehand: some MiB less, and a longer pause when the pager dies. See Main
 	Quotas     Quotas       // what users and tasks may have; 0 in it: the default
 	Confine    string       // whether the pager gives up its privileges: "auto", "always" or "never"; "": "auto". See Main
 	Executable string       // a machpager binary to run instead of this program; then Main is not needed
@@ -137,7 +138,7 @@ func (o *Options) hello() (hello, string, error) {
 			return hello{}, "", fmt.Errorf("find executable: %w", err)
 		}
 	}
-	h := hello{Version: helloVersion, Role: roleGuardian, JSON: true, Pipe: true, Config: daemon.Config{Restarts: o.Restarts,
+	h := hello{Version: helloVersion, Role: roleGuardian, JSON: true, Pipe: true, Config: daemon.Config{Restarts: o.Restarts, NoStandby: o.NoStandby,
 		Resident: o.Resident, Dir: o.Dir, Store: o.Store, Compressed: o.Compressed, Capacity: o.Capacity, Policy: o.Policy, Socket: o.Socket, Confine: o.Confine, Quotas: o.Quotas}}
 	h.Level = levelOf(o.Log)
 	if h.Config.Dir == "" {
