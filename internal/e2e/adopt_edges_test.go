@@ -99,7 +99,7 @@ func bereaved(ctx context.Context, c *conn, p *region.Pager, _ At) error {
 
 // TestTaskDiesMeanwhile: what a task had that died between two pagers is given back by the second.
 func TestTaskDiesMeanwhile(t *testing.T) {
-	socket, _ := pagerAt(t, pagerOptions{Served: true, Dir: t.TempDir(), Restarts: restarts, Failpoints: "next:daemon.adopt.objects=1:sleep300ms"})
+	socket, _ := pagerAt(t, pagerOptions{Served: true, Dir: t.TempDir(), Restarts: restarts, NoStandby: true, Failpoints: "next:daemon.adopt.objects=1:sleep300ms"})
 	p := dial(t, socket)
 	defer p.Close()
 	before := infoOf(t, p)

@@ -163,7 +163,7 @@ func TestFailpoints(t *testing.T) {
 			if adopts { // the second pager
 				points = ";" + points
 			}
-			socket, pager := pagerAt(t, pagerOptions{Served: true, Store: "file", Dir: t.TempDir(), Restarts: restarts, Settled: 1, Failpoints: points})
+			socket, pager := pagerAt(t, pagerOptions{Served: true, Store: "file", Dir: t.TempDir(), Restarts: restarts, NoStandby: true, Settled: 1, Failpoints: points})
 			p := dial(t, socket)
 			defer p.Close()
 			before := infoOf(t, p)
