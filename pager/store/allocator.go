@@ -202,6 +202,41 @@ func (a *Allocator) victim(keep uint64, least int, below *Slot) (Slot, int) {
 	return None, 0
 }
 
+// AllocReaching takes a run as Alloc does, and has the store's memory reach to its last slot. If that fails, with any error, nothing is taken, and it is ErrNoSpace too.
+func (a *Allocator) AllocReaching(n, unit int, reach func(last Slot) error) (Slot, int, error) {
+	s, n, err := a.Alloc(n, unit)
+	if err != nil {
+		return None, 0, err
+	}
+	if err := reach(s + Slot(n) - 1); err != nil {
+		a.Free(s, n, false)
+		return None, 0, fmt.Errorf("allocate %d slots: %w: %w", n, ErrNoSpace, err)
+	}
+	return s, n, nil
+}
+
+// Kept says of each slot of an earlier store whether it is still used.
+type Kept []uint64
+
+// Has asks for the slot i+1.
+func (k Kept) Has(i int) bool { return k[i/64]>>(i%64)&1 != 0 }
+
+// ResetKept is Reset, and tells which of the slots up to high the runs are.
+func (a *Allocator) ResetKept(high int, used iter.Seq2[Slot, int]) (Kept, error) {
+	k := make(Kept, (high+63)/64)
+	err := a.Reset(uint64(high), func(yield func(Slot, int) bool) {
+		for s, n := range used {
+			if !yield(s, n) {
+				return
+			}
+			for i := int(s - 1); i < int(s-1)+n; i++ {
+				k[i/64] |= 1 << (i % 64)
+			}
+		}
+	})
+	return k, err
+}
+
 // Reset makes exactly the given runs allocated. The slots up to high that are free are taken to be backed.
 func (a *Allocator) Reset(high uint64, used iter.Seq2[Slot, int]) error {
 	a.mu.Lock()

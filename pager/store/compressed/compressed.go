@@ -297,15 +297,7 @@ func (s *Store) Alloc(n, unit int) (store.Slot, int, error) {
 	if s.closed.Load() {
 		return store.None, 0, fmt.Errorf("allocate %d slots: %w", n, store.ErrClosed)
 	}
-	slot, n, err := s.slots.Alloc(n, unit)
-	if err != nil {
-		return store.None, 0, err
-	}
-	if err := s.index.reach(slot + store.Slot(n) - 1); err != nil {
-		s.slots.Free(slot, n, false)
-		return store.None, 0, fmt.Errorf("allocate %d slots: %w: %w", n, store.ErrNoSpace, err)
-	}
-	return slot, n, nil
+	return s.slots.AllocReaching(n, unit, s.index.reach)
 }
 
 // Free gives slots and their memory back.

@@ -14,18 +14,7 @@ type sparse interface {
 // Rebuild takes over what an earlier store left in the memories. A slot whose place makes no sense is corrupt from then on; the others are not touched by that.
 func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
 	words := *s.index.words.Load()
-	high := len(words) / entryWords
-	keep := make([]uint64, (high+63)/64)
-	err := s.slots.Reset(uint64(high), func(yield func(store.Slot, int) bool) {
-		for slot, n := range used {
-			if !yield(slot, n) {
-				return
-			}
-			for i := int(slot - 1); i < int(slot-1)+n; i++ {
-				keep[i/64] |= 1 << (i % 64)
-			}
-		}
-	})
+	kept, err := s.slots.ResetKept(len(words)/entryWords, used)
 	if err != nil {
 		return err
 	}
@@ -38,7 +27,7 @@ func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
 		s.index.each(func(i int, w where) {
 			e := words[i*entryWords:]
 			switch {
-			case keep[i/64]>>(i%64)&1 == 0:
+			case !kept.Has(i):
 				e[0].Store(0)
 			case w == 0:
 			case w.kind() == kindZeros, w.hasPiece() && s.slabs.claim(w, store.Slot(i+1)):

@@ -312,15 +312,7 @@ func (s *Store) Alloc(n, unit int) (store.Slot, int, error) {
 	if s.isClosed() {
 		return store.None, 0, fmt.Errorf("allocate %d slots: %w", n, store.ErrClosed)
 	}
-	slot, n, err := s.alloc.Alloc(n, unit)
-	if err != nil {
-		return store.None, 0, err
-	}
-	if err := s.reach(slot + store.Slot(n) - 1); err != nil {
-		s.alloc.Free(slot, n, false)
-		return store.None, 0, fmt.Errorf("allocate %d slots: %w: %w", n, store.ErrNoSpace, err)
-	}
-	return slot, n, nil
+	return s.alloc.AllocReaching(n, unit, s.reach)
 }
 
 // reach makes the memory of checksums reach to the group of slot last.

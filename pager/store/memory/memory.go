@@ -166,29 +166,21 @@ func (s *Store) Alloc(n, unit int) (store.Slot, int, error) {
 	if s.closed.Load() {
 		return store.None, 0, fmt.Errorf("allocate %d slots: %w", n, store.ErrClosed)
 	}
-	slot, n, err := s.alloc.Alloc(n, unit)
-	if err != nil {
-		return store.None, 0, err
-	}
-	if _, _, ok := s.place(slot, n); ok {
-		return slot, n, nil
-	}
-	if err := s.grow(slot, n); err != nil {
-		s.alloc.Free(slot, n, false)
-		return store.None, 0, fmt.Errorf("allocate %d slots: %w: %w", n, store.ErrNoSpace, err)
-	}
-	return slot, n, nil
+	return s.alloc.AllocReaching(n, unit, s.reach)
 }
 
-// grow makes the memory reach to the end of the run's group, or to the capacity.
-func (s *Store) grow(slot store.Slot, n int) error {
+// reach makes the memory reach to the end of the group of slot last, or to the capacity.
+func (s *Store) reach(last store.Slot) error {
+	if _, _, ok := s.place(last, 1); ok {
+		return nil
+	}
 	s.growMu.Lock()
 	defer s.growMu.Unlock()
-	if _, _, ok := s.place(slot, n); ok {
+	if _, _, ok := s.place(last, 1); ok {
 		return nil
 	}
 	capacity, _, _ := s.alloc.Counts()
-	g := int64(slot-1) / store.GroupSlots
+	g := int64(last-1) / store.GroupSlots
 	slots := min(int64(capacity)-g*store.GroupSlots, store.GroupSlots)
 	if err := s.mem.Grow(g*groupSize + sumsSize + slots*store.SlotSize); err != nil {
 		return err

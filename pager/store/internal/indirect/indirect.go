@@ -253,15 +253,7 @@ func (s *Store) Alloc(n, unit int) (store.Slot, int, error) {
 	if s.state.Load() >= closedState {
 		return store.None, 0, fmt.Errorf("allocate %d slots: %w", n, store.ErrClosed)
 	}
-	slot, n, err := s.book.Alloc(n, unit)
-	if err != nil {
-		return store.None, 0, err
-	}
-	if err := s.reach(slot + store.Slot(n) - 1); err != nil {
-		s.book.Free(slot, n, false)
-		return store.None, 0, fmt.Errorf("allocate %d slots: %w: %w", n, store.ErrNoSpace, err)
-	}
-	return slot, n, nil
+	return s.book.AllocReaching(n, unit, s.reach)
 }
 
 func (s *Store) reaches(slot store.Slot) bool { return int64(slot) <= int64(len(*s.words.Load())) }
@@ -365,23 +357,13 @@ func (s *Store) Rebuild(used iter.Seq2[store.Slot, int]) error {
 	s.moveMu.Lock()
 	defer s.moveMu.Unlock()
 	words := *s.words.Load()
-	keep := make([]uint64, (len(words)+63)/64)
-	err := s.book.Reset(uint64(len(words)), func(yield func(store.Slot, int) bool) {
-		for slot, n := range used {
-			if !yield(slot, n) {
-				return
-			}
-			for i := int(slot - 1); i < int(slot-1)+n; i++ {
-				keep[i/64] |= 1 << (i % 64)
-			}
-		}
-	})
+	kept, err := s.book.ResetKept(len(words), used)
 	if err != nil {
 		return err
 	}
 	var counts [maxParts + 2]int64
 	s.each(func(i int, w word) {
-		if keep[i/64]>>(i%64)&1 == 0 {
+		if !kept.Has(i) {
 			words[i].Store(0)
 			return
 		}
