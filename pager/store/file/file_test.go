@@ -27,15 +27,7 @@ func open(t testing.TB, o *Options) *Store {
 }
 
 func flip(t testing.TB, s store.Store, slot store.Slot) {
-	f, off := s.(*Store).File(), offset(slot)+1234
-	var b [1]byte
-	if _, err := f.ReadAt(b[:], off); err != nil {
-		t.Fatal(err)
-	}
-	b[0] ^= 0x10
-	if _, err := f.WriteAt(b[:], off); err != nil {
-		t.Fatal(err)
-	}
+	storetest.Flip(t, s.(*Store).File(), offset(slot)+1234)
 }
 
 func TestConformance(t *testing.T) {

@@ -52,14 +52,7 @@ func open(t testing.TB, capacity int64, sizes ...int64) *Store {
 func flip(t testing.TB, st store.Store, slot store.Slot) {
 	s := st.(*Store)
 	w := wordsOf[s].Words()[slot-1].Load()
-	f, off, b := s.File(ID(w)), (int64(w>>8&(1<<41-1))-1)*store.SlotSize+7, [1]byte{}
-	if _, err := f.ReadAt(b[:], off); err != nil {
-		t.Fatal(err)
-	}
-	b[0] ^= 0x80
-	if _, err := f.WriteAt(b[:], off); err != nil {
-		t.Fatal(err)
-	}
+	storetest.Flip(t, s.File(ID(w)), (int64(w>>8&(1<<41-1))-1)*store.SlotSize+7)
 }
 
 func TestConformance(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -44,6 +45,19 @@ var Tests = map[string]func(t *testing.T, h Harness){
 	"Closed":           testClosed,
 	"Faults":           testFaults,
 	"NoAllocation":     testNoAllocation,
+}
+
+// Flip changes one bit of the byte at off, for [Harness].Corrupt of a store in a file.
+func Flip(t testing.TB, f *os.File, off int64) {
+	t.Helper()
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], off); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 0x10
+	if _, err := f.WriteAt(b[:], off); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // Run runs all of the suite.

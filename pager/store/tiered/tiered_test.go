@@ -33,11 +33,29 @@ func anonymous(t testing.TB) store.Memory {
 // open makes a compressed tier of limit bytes before a file.
 func open(t testing.TB, o Options, limit int64) *tiers {
 	t.Helper()
-	x := &tiers{words: anonymous(t), data: anonymous(t)}
-	fast, err := compressed.New(&compressed.Options{Limit: limit, Data: x.data})
+	data := anonymous(t)
+	fast, err := compressed.New(&compressed.Options{Limit: limit, Data: data})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return openBefore(t, o, fast, data)
+}
+
+// openPlain makes an uncompressed tier of limit bytes before a file, so that flip finds its contents.
+func openPlain(t testing.TB, o Options, limit int64) *tiers {
+	t.Helper()
+	data := anonymous(t)
+	fast, err := memory.New(data, &memory.Options{Capacity: limit})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return openBefore(t, o, fast, data)
+}
+
+func openBefore(t testing.TB, o Options, fast store.Store, data store.Memory) *tiers {
+	t.Helper()
+	x := &tiers{words: anonymous(t), data: data}
+	var err error
 	if x.file, err = file.New(&file.Options{Dir: t.TempDir()}); err != nil {
 		t.Fatal(err)
 	}
@@ -61,44 +79,13 @@ func flip(t testing.TB, s store.Store, slot store.Slot) {
 	at := int64(w >> 8 & (1<<41 - 1))
 	switch w & 0xff {
 	case slowPart:
-		f, b := x.file.File(), [1]byte{}
-		if _, err := f.ReadAt(b[:], (at-1)*store.SlotSize+99); err != nil {
-			t.Fatal(err)
-		}
-		b[0] ^= 4
-		if _, err := f.WriteAt(b[:], (at-1)*store.SlotSize+99); err != nil {
-			t.Fatal(err)
-		}
+		storetest.Flip(t, x.file.File(), (at-1)*store.SlotSize+99)
 	case fastPart: // memory store's layout
 		i := at - 1
 		x.data.Bytes()[i/store.GroupSlots*(store.GroupSlots*(store.SlotSize+4))+store.GroupSlots*4+i%store.GroupSlots*store.SlotSize+99] ^= 4
 	default:
 		t.Fatalf("slot %d is nowhere", slot)
 	}
-}
-
-// openPlain makes an uncompressed tier of limit bytes before a file, so that flip finds its contents.
-func openPlain(t testing.TB, o Options, limit int64) *tiers {
-	t.Helper()
-	x := &tiers{words: anonymous(t), data: anonymous(t)}
-	fast, err := memory.New(x.data, &memory.Options{Capacity: limit})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if x.file, err = file.New(&file.Options{Dir: t.TempDir()}); err != nil {
-		t.Fatal(err)
-	}
-	x.fast, x.slow = storetest.NewFaulty(fast), storetest.NewFaulty(x.file)
-	o.Fast, o.Slow, o.Words = x.fast, x.slow, x.words
-	if x.s, err = New(o); err != nil {
-		t.Fatal(err)
-	}
-	made[x.s] = x
-	t.Cleanup(func() {
-		x.s.Close()
-		delete(made, x.s)
-	})
-	return x
 }
 
 func TestConformance(t *testing.T) {
