@@ -360,7 +360,7 @@ func TestAdoptWhatIsLost(t *testing.T) {
 	damaged.table.Words()[4].Store(7)
 	v := e.heir(t, 16<<20, testLog{t})
 	o, _ := refused.adopt(t, v)
-	if !o.Destroyed() {
+	if !o.control.destroyed.Load() {
 		t.Error("not destroyed")
 	}
 	p, _ := orphan.adopt(t, v)

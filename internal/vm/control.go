@@ -68,7 +68,8 @@ func (c *control) DataSupply(off int64, data []byte, lock emm.Prot, precious, re
 	return emm.Success
 }
 
-func (c *control) DataUnavailable(r emm.Run) emm.KernReturn {
+// within does what a message says about the pages [a, b) of its run.
+func (c *control) within(r emm.Run, do func(a, b int64)) emm.KernReturn {
 	if !c.enter() {
 		return emm.InvalidArgument
 	}
@@ -77,21 +78,20 @@ func (c *control) DataUnavailable(r emm.Run) emm.KernReturn {
 	if !ok {
 		return emm.InvalidArgument
 	}
-	c.o.answer(a, b, func(r *request, lo, hi int64) { c.o.fill(r, lo, hi, nil, false) })
+	do(a, b)
 	return emm.Success
 }
 
+func (c *control) DataUnavailable(r emm.Run) emm.KernReturn {
+	return c.within(r, func(a, b int64) {
+		c.o.answer(a, b, func(r *request, lo, hi int64) { c.o.fill(r, lo, hi, nil, false) })
+	})
+}
+
 func (c *control) DataError(r emm.Run, reason emm.KernReturn) emm.KernReturn {
-	if !c.enter() {
-		return emm.InvalidArgument
-	}
-	defer c.leave()
-	a, b, ok := c.o.run(r.Off, r.Size)
-	if !ok {
-		return emm.InvalidArgument
-	}
-	c.o.answer(a, b, func(r *request, lo, hi int64) { c.o.fail(r, lo, hi, reason) })
-	return emm.Success
+	return c.within(r, func(a, b int64) {
+		c.o.answer(a, b, func(r *request, lo, hi int64) { c.o.fail(r, lo, hi, reason) })
+	})
 }
 
 func (c *control) ReturnCompleted(r emm.Run, result emm.KernReturn) emm.KernReturn {

@@ -150,6 +150,16 @@ func (m *Mapping) addr(a, b int64) uint64 {
 
 // moved follows an mremap of [from, from+n) to addr to: pieces of m that lay there lie elsewhere now. It reports whether any did.
 func (m *Mapping) moved(from, to, n uint64) bool {
+	return m.cut(from, n, func(s []span, p span) []span { return append(s, span{p.addr - from + to, p.off, p.n}) })
+}
+
+// unmapped follows something else's taking the place of [from, from+n). It reports whether any of m was there.
+func (m *Mapping) unmapped(from, n uint64) bool {
+	return m.cut(from, n, func(s []span, _ span) []span { return s })
+}
+
+// cut takes out what lies in [from, from+n), and puts in its place what instead appends for each piece. It reports whether that changed anything.
+func (m *Mapping) cut(from, n uint64, instead func(s []span, piece span) []span) bool {
 	for {
 		old := m.spans.Load()
 		var s []span
@@ -163,35 +173,7 @@ func (m *Mapping) moved(from, to, n uint64) bool {
 			if p.addr < lo {
 				s = append(s, span{p.addr, p.off, int64(lo - p.addr)})
 			}
-			s = append(s, span{lo - from + to, p.off + int64(lo-p.addr), int64(hi - lo)})
-			if hi < end {
-				s = append(s, span{hi, p.off + int64(hi-p.addr), int64(end - hi)})
-			}
-		}
-		if slices.Equal(s, *old) {
-			return false
-		}
-		if m.spans.CompareAndSwap(old, &s) {
-			return true
-		}
-	}
-}
-
-// unmapped follows something else's taking the place of [from, from+n). It reports whether any of m was there.
-func (m *Mapping) unmapped(from, n uint64) bool {
-	for {
-		old := m.spans.Load()
-		var s []span
-		for _, p := range *old {
-			end := p.addr + uint64(p.n)
-			lo, hi := min(max(p.addr, from), end), max(min(end, from+n), p.addr)
-			if lo >= hi {
-				s = append(s, p)
-				continue
-			}
-			if p.addr < lo {
-				s = append(s, span{p.addr, p.off, int64(lo - p.addr)})
-			}
+			s = instead(s, span{lo, p.off + int64(lo-p.addr), int64(hi - lo)})
 			if hi < end {
 				s = append(s, span{hi, p.off + int64(hi-p.addr), int64(end - hi)})
 			}

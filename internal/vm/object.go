@@ -335,9 +335,6 @@ func (o *Object) adoptManager() (*binding, error) {
 	return b, nil
 }
 
-// Destroyed reports whether its manager has destroyed the object.
-func (o *Object) Destroyed() bool { return o.control.destroyed.Load() }
-
 // Terminate ends the object: its last right is gone. Its mappings must have been closed. The manager gets Terminate; pages of a temporary object are
 // dropped, others are returned first. A manager that completes none of these for Options.EndPatience has not taken the rest: it is given up, and logged. Idempotent.
 func (o *Object) Terminate() {

@@ -153,16 +153,9 @@ func (c *control) SynchronizeError(r emm.Run, reason emm.KernReturn) emm.KernRet
 }
 
 func (c *control) synchronized(r emm.Run, kr emm.KernReturn) emm.KernReturn {
-	if !c.enter() {
-		return emm.InvalidArgument
-	}
-	defer c.leave()
-	a, b, ok := c.o.run(r.Off, r.Size)
-	if !ok {
-		return emm.InvalidArgument
-	}
-	if !c.o.syncs.answer(r, kr) {
-		c.o.vm.counters.unasked.Add(b - a)
-	}
-	return emm.Success
+	return c.within(r, func(a, b int64) {
+		if !c.o.syncs.answer(r, kr) {
+			c.o.vm.counters.unasked.Add(b - a)
+		}
+	})
 }
