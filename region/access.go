@@ -270,7 +270,7 @@ func reasonError(r ipc.FaultReasonReply, text string) error {
 	if r.Errno != 0 {
 		err = fmt.Errorf("%w: %w", k, unix.Errno(r.Errno))
 	}
-	if text != "" {
+	if text != "" && text != err.Error() {
 		err = fmt.Errorf("%s: %w", text, err)
 	}
 	return err
