@@ -107,7 +107,7 @@ func TestDocumentedStatuses(t *testing.T) {
 }
 
 // foreign are flags of other programs that the documents speak of.
-var foreign = []string{"now", "cap-add", "device", "ulimit", "name", "user", "group-add", "ff-only", "boot"}
+var foreign = []string{"now", "cap-add", "device", "ulimit", "name", "user", "group-add", "sparse"}
 
 // TestDocumentedFlags holds the flags in the documents against those that there are, and what the documents call the command with.
 func TestDocumentedFlags(t *testing.T) {
