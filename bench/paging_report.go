@@ -3,7 +3,6 @@
 package bench
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"slices"
@@ -111,11 +110,7 @@ func (r *PagingReport) Met() bool {
 }
 
 // WriteJSON writes the report for machines, indented.
-func (r *PagingReport) WriteJSON(w io.Writer) error {
-	e := json.NewEncoder(w)
-	e.SetIndent("", "\t")
-	return e.Encode(r)
-}
+func (r *PagingReport) WriteJSON(w io.Writer) error { return writeJSON(w, r) }
 
 // WriteTable writes the report for people.
 func (r *PagingReport) WriteTable(w io.Writer) error {
@@ -144,13 +139,7 @@ func (r *PagingReport) WriteTable(w io.Writer) error {
 		fmt.Fprintf(b, "\nGoals: median of the rounds (smallest to largest)\n\n")
 		t := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
 		for _, g := range r.Goals {
-			sign, verdict := "<=", "missed"
-			if g.AtLeast {
-				sign = ">="
-			}
-			if g.Met {
-				verdict = "met"
-			}
+			sign, verdict := judged(g.AtLeast, g.Met)
 			fmt.Fprintf(t, "%s\t%s\t%.2f (%.2f to %.2f) %s\t%s %.2g\n", verdict, g.Name, g.Value.Median, g.Value.Min, g.Value.Max, g.Unit, sign, g.Limit)
 		}
 		t.Flush()

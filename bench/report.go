@@ -147,10 +147,24 @@ func (r *FaultReport) Met() bool {
 }
 
 // WriteJSON writes the report for machines, indented.
-func (r *FaultReport) WriteJSON(w io.Writer) error {
+func (r *FaultReport) WriteJSON(w io.Writer) error { return writeJSON(w, r) }
+
+func writeJSON(w io.Writer, report any) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "\t")
-	return e.Encode(r)
+	return e.Encode(report)
+}
+
+// judged is how a goal's limit and its verdict are written.
+func judged(atLeast, met bool) (sign, verdict string) {
+	sign, verdict = "<=", "missed"
+	if atLeast {
+		sign = ">="
+	}
+	if met {
+		verdict = "met"
+	}
+	return sign, verdict
 }
 
 // WriteTable writes the report for people.
@@ -174,13 +188,7 @@ func (r *FaultReport) WriteTable(w io.Writer) error {
 		fmt.Fprintf(b, "\nGoals: machpager / C floor, median of the rounds (smallest to largest)\n\n")
 		t := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
 		for _, g := range r.Goals {
-			sign, verdict := "<=", "missed"
-			if g.AtLeast {
-				sign = ">="
-			}
-			if g.Met {
-				verdict = "met"
-			}
+			sign, verdict := judged(g.AtLeast, g.Met)
 			fmt.Fprintf(t, "%s\t%s\t%s\t%.2f (%.2f to %.2f)\t%s %.2g\n", verdict, g.Placement, g.Name, g.Ratio.Median, g.Ratio.Min, g.Ratio.Max, sign, g.Limit)
 		}
 		t.Flush()

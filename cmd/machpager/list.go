@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"strconv"
@@ -13,33 +14,34 @@ import (
 	"machpager/region"
 )
 
-func newList() *cobra.Command {
+// tell completes a command that asks the pager at --socket, and writes the answer as text or JSON.
+func tell[T any](c *cobra.Command, ask func(*region.Pager, context.Context) (T, error), write func(io.Writer, T) error) *cobra.Command {
 	var socket string
 	var asJSON bool
-	c := &cobra.Command{
-		Use:   "ls",
-		Short: "List the memory objects of a pager",
-		Long:  "Lists the memory objects of a pager (default_pager_objects): sizes in bytes. It lists no ports: those are capabilities.",
-		Args:  cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			p, err := dial(c.Context(), socket)
-			if err != nil {
-				return err
-			}
-			defer p.Close()
-			list, err := p.Objects(c.Context())
+	c.Args = cobra.NoArgs
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		return withPager(c.Context(), socket, func(p *region.Pager) error {
+			answer, err := ask(p, c.Context())
 			if err != nil {
 				return err
 			}
 			if asJSON {
-				return writeJSON(c.OutOrStdout(), list)
+				return writeJSON(c.OutOrStdout(), answer)
 			}
-			return writeObjects(c.OutOrStdout(), list)
-		},
+			return write(c.OutOrStdout(), answer)
+		})
 	}
 	socketFlag(c, &socket)
 	jsonFlag(c, &asJSON)
 	return c
+}
+
+func newList() *cobra.Command {
+	return tell(&cobra.Command{
+		Use:   "ls",
+		Short: "List the memory objects of a pager",
+		Long:  "Lists the memory objects of a pager (default_pager_objects): sizes in bytes. It lists no ports: those are capabilities.",
+	}, (*region.Pager).Objects, writeObjects)
 }
 
 func writeObjects(w io.Writer, list []region.ObjectInfo) error {
@@ -52,9 +54,7 @@ func writeObjects(w io.Writer, list []region.ObjectInfo) error {
 }
 
 func newInfo() *cobra.Command {
-	var socket string
-	var asJSON bool
-	c := &cobra.Command{
+	return tell(&cobra.Command{
 		Use:   "info",
 		Short: "Tell how a pager is doing, and what it is permitted to do",
 		Long: `Tells what a pager has in memory and in paging space (default_pager_info), in bytes, and its privilege tier:
@@ -62,26 +62,7 @@ func newInfo() *cobra.Command {
   A  root, or CAP_SYS_PTRACE and CAP_SYS_ADMIN: everything
   B  vm.unprivileged_userfaultfd=1, or permission on /dev/userfaultfd: everything, without a tmpfs that Linux does not swap
   C  neither: plain touches only; system calls on missing memory fail with EFAULT`,
-		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			p, err := dial(c.Context(), socket)
-			if err != nil {
-				return err
-			}
-			defer p.Close()
-			info, err := p.Info(c.Context())
-			if err != nil {
-				return err
-			}
-			if asJSON {
-				return writeJSON(c.OutOrStdout(), info)
-			}
-			return writeInfo(c.OutOrStdout(), info)
-		},
-	}
-	socketFlag(c, &socket)
-	jsonFlag(c, &asJSON)
-	return c
+	}, (*region.Pager).Info, writeInfo)
 }
 
 func writeInfo(w io.Writer, i region.Info) error {

@@ -26,30 +26,12 @@ pager's paging space must be of the kind file or tiered (serve --store). The fil
 }
 
 func newPagingList() *cobra.Command {
-	var socket string
-	var asJSON bool
-	c := &cobra.Command{
+	return tell(&cobra.Command{
 		Use:   "ls",
 		Short: "List the paging files",
 		Long: `Lists the paging files of a pager, by number, in bytes. READ and WRITTEN are since the file was added; ERRORS are operations that failed, those included that
 found the file system full.`,
-		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			return withPager(c.Context(), socket, func(p *region.Pager) error {
-				list, err := p.BackingStores(c.Context())
-				if err != nil {
-					return err
-				}
-				if asJSON {
-					return writeJSON(c.OutOrStdout(), list)
-				}
-				return writePaging(c.OutOrStdout(), list)
-			})
-		},
-	}
-	socketFlag(c, &socket)
-	jsonFlag(c, &asJSON)
-	return c
+	}, (*region.Pager).BackingStores, writePaging)
 }
 
 // pagingResult is the file that add has added, or remove has removed.
