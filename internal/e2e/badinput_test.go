@@ -297,6 +297,15 @@ func TestLiars(t *testing.T) {
 		cl.mapping, cl.file = cl.c.prepare(h, size)
 		return cl
 	}
+	serve := func(t *testing.T) (cl claim, addr uint64) { // nothing is wrong yet
+		cl = begin(t)
+		addr = cl.c.memory(cl.file, size)
+		if _, err := cl.c.fd.Register(addr, size, all); err != nil {
+			t.Fatal(err)
+		}
+		cl.c.must(ipc.TypeMapReady, ipc.MapReady{Mapping: cl.mapping, Address: addr}).Close()
+		return cl, addr
+	}
 	refused := func(t *testing.T, cl claim, addr uint64) {
 		t.Helper()
 		if _, err := cl.c.call(ipc.TypeMapReady, ipc.MapReady{Mapping: cl.mapping, Address: addr}); !errors.Is(err, emm.InvalidAddress) {
@@ -324,12 +333,7 @@ func TestLiars(t *testing.T) {
 		refused(t, cl, addr)
 	})
 	t.Run("the same range twice", func(t *testing.T) {
-		cl := begin(t)
-		addr := cl.c.memory(cl.file, size)
-		if _, err := cl.c.fd.Register(addr, size, all); err != nil {
-			t.Fatal(err)
-		}
-		cl.c.must(ipc.TypeMapReady, ipc.MapReady{Mapping: cl.mapping, Address: addr}).Close()
+		cl, addr := serve(t)
 		h, _ := cl.c.create(size)
 		second, _ := cl.c.prepare(h, size)
 		if _, err := cl.c.call(ipc.TypeMapReady, ipc.MapReady{Mapping: second, Address: addr}); err == nil {
@@ -357,12 +361,7 @@ func TestLiars(t *testing.T) {
 		}
 	})
 	t.Run("unmapped behind the pager's back", func(t *testing.T) {
-		cl := begin(t)
-		addr := cl.c.memory(cl.file, size)
-		if _, err := cl.c.fd.Register(addr, size, all); err != nil {
-			t.Fatal(err)
-		}
-		cl.c.must(ipc.TypeMapReady, ipc.MapReady{Mapping: cl.mapping, Address: addr}).Close()
+		cl, addr := serve(t)
 		cl.c.must(ipc.TypePopulate, ipc.Populate{Mapping: cl.mapping, Size: size, Flags: ipc.PopulateWrite}).Close()
 		if err := cl.c.fd.Unregister(addr, size); err != nil {
 			t.Fatal(err)
@@ -372,12 +371,7 @@ func TestLiars(t *testing.T) {
 		other.check("an unregistered mapping")
 	})
 	t.Run("truncated behind the pager's back", func(t *testing.T) {
-		cl := begin(t)
-		addr := cl.c.memory(cl.file, size)
-		if _, err := cl.c.fd.Register(addr, size, all); err != nil {
-			t.Fatal(err)
-		}
-		cl.c.must(ipc.TypeMapReady, ipc.MapReady{Mapping: cl.mapping, Address: addr}).Close()
+		cl, _ := serve(t)
 		cl.c.must(ipc.TypePopulate, ipc.Populate{Mapping: cl.mapping, Size: size, Flags: ipc.PopulateWrite}).Close()
 		if err := unix.Ftruncate(cl.file, 4096); err != nil {
 			t.Logf("the file cannot be truncated: %v", err)

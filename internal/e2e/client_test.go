@@ -90,13 +90,18 @@ func newClient(t *testing.T, socket string) *client {
 }
 
 func (c *client) call(typ ipc.Type, body any, fds ...int) (*ipc.Message, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	return callByHand(c.l, 10*time.Second, typ, body, fds)
+}
+
+// callByHand calls with what a good task would send, but for what the body says.
+func callByHand(l *ipc.Link, limit time.Duration, typ ipc.Type, body any, fds []int) (*ipc.Message, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	o := &ipc.CallOptions{FDs: fds}
 	if typ == ipc.TypeObjectCreate || typ == ipc.TypeAllocate {
 		o.Tail, _ = ipc.AppendStrings(nil, "", "")
 	}
-	return c.l.Call(ctx, typ, body, o)
+	return l.Call(ctx, typ, body, o)
 }
 
 func (c *client) must(typ ipc.Type, body any, fds ...int) *ipc.Message {

@@ -78,13 +78,7 @@ func newVillain(socket string, f uffd.Features) (*villain, error) {
 }
 
 func (v *villain) call(typ ipc.Type, body any, fds ...int) (*ipc.Message, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
-	o := &ipc.CallOptions{FDs: fds}
-	if typ == ipc.TypeObjectCreate || typ == ipc.TypeAllocate {
-		o.Tail, _ = ipc.AppendStrings(nil, "", "")
-	}
-	return v.l.Call(ctx, typ, body, o)
+	return callByHand(v.l, 20*time.Second, typ, body, fds)
 }
 
 // do is a call whose reply does not matter.
