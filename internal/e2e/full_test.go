@@ -54,7 +54,8 @@ func fullTask(c *conn, arg fullArg) error {
 		if err != nil {
 			return err
 		}
-		o.Dir = dir
+		defer dir.Close()
+		o.Dir = dir.Name()
 	} else {
 		o.Capacity = fullSpace
 	}
@@ -93,22 +94,22 @@ func fullTask(c *conn, arg fullArg) error {
 	return firstOf(c.send(true), p.Close())
 }
 
-// smallDisk is a file system of so many bytes, at no path but that of its descriptor, which nobody closes.
-func smallDisk(size int64) (dir string, err error) {
+// smallDisk is a file system of so many bytes, at no path but that of its descriptor.
+func smallDisk(size int64) (dir *os.File, err error) {
 	fs, err := unix.Fsopen("tmpfs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
-		return "", fmt.Errorf("make a tmpfs (this test needs root): %w", err)
+		return nil, fmt.Errorf("make a tmpfs (this test needs root): %w", err)
 	}
 	defer unix.Close(fs)
 	err = firstOf(unix.FsconfigSetString(fs, "size", strconv.FormatInt(size, 10)), unix.FsconfigCreate(fs))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	fd, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd), nil
+	return os.NewFile(uintptr(fd), fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd)), nil
 }
 
 // filling is a region that is written until nothing more fits.

@@ -31,7 +31,11 @@ func churner(ctx context.Context, c *conn, p *region.Pager, arg churnerArg) erro
 	told := c.untilTold()
 	n := uint64(0)
 	for ; told.Err() == nil; n++ {
-		if err := churn(ctx, p, &arg, n); err != nil {
+		err := region.Guard(func() error { return churn(ctx, p, &arg, n) })
+		if arg.Failing && (ofStore(err) || errors.Is(err, os.ErrClosed)) {
+			continue // it has closed all it had, on the way from a fault the memory that this was in
+		}
+		if err != nil {
 			return fmt.Errorf("round %d: %w", n, err)
 		}
 	}
@@ -40,8 +44,9 @@ func churner(ctx context.Context, c *conn, p *region.Pager, arg churnerArg) erro
 
 type churnerArg struct {
 	At
-	Budget int64
-	Dir    string // for paging files; "": none
+	Budget  int64
+	Dir     string // for paging files; "": none
+	Failing bool   // the store fails now and then
 }
 
 func churn(ctx context.Context, p *region.Pager, arg *churnerArg, n uint64) error {

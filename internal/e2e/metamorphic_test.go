@@ -35,8 +35,9 @@ type shape struct {
 	policy   string
 	tasks    int
 	pageSize int
-	pages    int // of the object
-	budget   int // pages
+	pages    int  // of the object
+	budget   int  // pages
+	failing  bool // the store fails now and then
 }
 
 func (s shape) String() string {
@@ -155,11 +156,11 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Durati
 	var port emm.Port
 	for i := range ks {
 		ks[i] = startFor(t, "mirror", d+patience, func(c *exec.Cmd) { c.Env = append(os.Environ(), "GOMAXPROCS=2") })
-		ks[i].send(mirrorArg{At{socket}, port, size, pageSize})
+		ks[i].send(mirrorArg{At{socket}, port, size, pageSize, s.failing})
 		ks[i].recv(&port)
 	}
 	var history []string
-	rounds := 0
+	rounds, again := 0, 0
 	for end := time.Now().Add(d); time.Now().Before(end); rounds++ {
 		ops := randomOps(rng, n, size, int64(pageSize), uint64(rounds+1))
 		history = append(history, fmt.Sprint(rounds, ops))
@@ -186,6 +187,7 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Durati
 		}
 		for i, o := range ops {
 			res := results[i]
+			again += res.Again
 			wrong := ""
 			if res.Err != "" {
 				wrong = res.Err
@@ -210,7 +212,7 @@ func mirrors(t *testing.T, rng *rand.Rand, socket string, s shape, d time.Durati
 		k.send(op{Kind: opEnd})
 		k.wait()
 	}
-	t.Logf("%d rounds of %d operations", rounds, n)
+	t.Logf("%d rounds of %d operations, done again %d times as the store failed", rounds, n, again)
 }
 
 // discarded is the whole pages inside a range. The last page of an object may be partial, and then no range has it whole.

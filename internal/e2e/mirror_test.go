@@ -46,8 +46,9 @@ var opNames = [...]string{"Read", "ReadAt", "Write", "WriteAt", "PageOut", "Popu
 func (o op) String() string { return fmt.Sprintf("%s(%#x, %#x)", opNames[o.Kind], o.Off, o.N) }
 
 type opResult struct {
-	Data []byte // of reads
-	Err  string
+	Data  []byte // of reads
+	Err   string
+	Again int // times that the store failed, and it was done again
 }
 
 type mirrorArg struct {
@@ -55,6 +56,7 @@ type mirrorArg struct {
 	Port     emm.Port // null: make an object
 	Size     int64
 	PageSize int
+	Failing  bool // the store fails now and then
 }
 
 // mirror maps an object and does what it is told.
@@ -71,55 +73,64 @@ func mirror(ctx context.Context, c *conn, p *region.Pager, arg mirrorArg) error 
 		if err := c.recv(&o1); err != nil {
 			return err
 		}
-		var res opResult
-		switch o1.Kind {
-		case opRead:
-			res.Data = bytes.Clone(r.Bytes()[o1.Off : o1.Off+o1.N])
-		case opReadAt:
-			res.Data = make([]byte, o1.N)
-			_, err = r.ReadAt(res.Data, o1.Off)
-		case opWrite:
-			fill(r.Bytes()[o1.Off:o1.Off+o1.N], o1.Off, o1.Contents)
-		case opWriteAt:
-			b := make([]byte, o1.N)
-			fill(b, o1.Off, o1.Contents)
-			_, err = r.WriteAt(b, o1.Off)
-		case opPageOut:
-			err = r.PageOut(ctx, o1.Off, o1.N)
-		case opPopulate, opPopulateW:
-			err = r.Populate(ctx, o1.Off, o1.N, o1.Kind == opPopulateW)
-		case opDiscard:
-			err = r.Discard(ctx, o1.Off, o1.N)
-		case opAdvise:
-			err = r.Advise(ctx, o1.Off, o1.N, region.Advice(o1.Contents%6))
-		case opSync:
-			err = r.Sync(ctx, o1.Off, o1.N)
-		case opWire:
-			if err = r.Wire(ctx, o1.Off, o1.N); err == nil {
-				err = r.Unwire(ctx, o1.Off, o1.N)
-			}
-		case opSnapshot:
-			var s *region.Object
-			if s, err = o.Snapshot(ctx); err == nil {
-				res.Data, err = readObject(ctx, s, o1.Off, o1.N)
-				err = firstOf(err, s.Close())
-			}
-		case opReadOnly:
-			res.Data, err = readObject(ctx, o, o1.Off, o1.N)
-		case opSetSize:
-			if err = o.SetSize(ctx, o1.Off); err == nil {
-				err = o.SetSize(ctx, arg.Size)
-			}
-		case opRemap:
-			if err = r.Close(); err == nil {
-				r, err = o.Map(ctx, nil)
-			}
-		case opEnd:
+		if o1.Kind == opEnd {
 			return firstOf(r.Close(), o.Close())
 		}
-		if ahead := o1.Kind == opWire || o1.Kind == opPopulate || o1.Kind == opPopulateW; ahead && errors.Is(err, emm.ResourceShortage) ||
-			ahead && o1.Shrunk && errors.Is(err, emm.MemoryError) {
-			err = nil // more than the budget, or beyond the end: that is the answer
+		var res opResult
+		once := func() (err error) {
+			switch o1.Kind {
+			case opRead:
+				res.Data = bytes.Clone(r.Bytes()[o1.Off : o1.Off+o1.N])
+			case opReadAt:
+				res.Data = make([]byte, o1.N)
+				_, err = r.ReadAt(res.Data, o1.Off)
+			case opWrite:
+				fill(r.Bytes()[o1.Off:o1.Off+o1.N], o1.Off, o1.Contents)
+			case opWriteAt:
+				b := make([]byte, o1.N)
+				fill(b, o1.Off, o1.Contents)
+				_, err = r.WriteAt(b, o1.Off)
+			case opPageOut:
+				err = r.PageOut(ctx, o1.Off, o1.N)
+			case opPopulate, opPopulateW:
+				err = r.Populate(ctx, o1.Off, o1.N, o1.Kind == opPopulateW)
+			case opDiscard:
+				err = r.Discard(ctx, o1.Off, o1.N)
+			case opAdvise:
+				err = r.Advise(ctx, o1.Off, o1.N, region.Advice(o1.Contents%6))
+			case opSync:
+				err = r.Sync(ctx, o1.Off, o1.N)
+			case opWire:
+				if err = r.Wire(ctx, o1.Off, o1.N); err == nil {
+					err = r.Unwire(ctx, o1.Off, o1.N)
+				}
+			case opSnapshot:
+				var s *region.Object
+				if s, err = o.Snapshot(ctx); err == nil {
+					res.Data, err = readObject(ctx, s, o1.Off, o1.N)
+					err = firstOf(err, s.Close())
+				}
+			case opReadOnly:
+				res.Data, err = readObject(ctx, o, o1.Off, o1.N)
+			case opSetSize:
+				if err = o.SetSize(ctx, o1.Off); err == nil {
+					err = o.SetSize(ctx, arg.Size)
+				}
+			case opRemap:
+				if err = r.Close(); err == nil {
+					r, err = o.Map(ctx, nil)
+				}
+			}
+			if ahead := o1.Kind == opWire || o1.Kind == opPopulate || o1.Kind == opPopulateW; ahead && errors.Is(err, emm.ResourceShortage) ||
+				ahead && o1.Shrunk && errors.Is(err, emm.MemoryError) {
+				return nil // more than the budget, or beyond the end: that is the answer
+			}
+			return err
+		}
+		if arg.Failing {
+			res.Again, err = despite(once)
+		} else {
+			err = once()
 		}
 		if err != nil {
 			res.Err = err.Error()

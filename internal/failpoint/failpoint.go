@@ -1,4 +1,4 @@
-// Package failpoint lets a test end, stop or delay this process at a named instant: between any two steps after which a crash must lose nothing.
+// Package failpoint lets a test end, stop or delay this process at a named instant: between any two steps after which a crash must lose nothing. And it lets what can fail fail.
 // Outside tests nothing is armed, and a failpoint costs one load.
 //
 // Names are "room.step", in lower case: "install.copied" is the instant after the copy of install. Every name is a constant where it is passed, so
@@ -29,8 +29,10 @@ type points struct {
 
 type point struct {
 	after  atomic.Int64 // hits left until it fires
-	action action
+	every  int64        // immutable; of fail: it fires at each hit whose number this divides
+	action action       // immutable
 	delay  time.Duration
+	err    error // immutable; of fail
 }
 
 type action int
@@ -40,6 +42,7 @@ const (
 	stop
 	sleep
 	count
+	fail
 )
 
 // Here is where the failpoint of this name is.
@@ -49,8 +52,20 @@ func Here(name string) {
 	}
 }
 
+// Fail is where the failpoint of this name is in the place of something that can fail, a system call: not nil is what it is to fail with.
+func Fail(name string) error {
+	p := armed.Load()
+	if p == nil {
+		return nil
+	}
+	if pt, left := p.hit(name); pt != nil && pt.action == fail && left%pt.every == 0 {
+		return pt.err
+	}
+	return nil
+}
+
 // Arm arms failpoints: "name=n:action,…", where the n-th meeting counts (1: the first; 0 is 1) and action is kill (SIGKILL, the default), stop
-// (SIGSTOP), sleep and a duration ("sleep20ms", at each meeting from the n-th on), or count, which does nothing but have [Hits] count. What was armed before
+// (SIGSTOP), eio or enospc (at every n-th meeting, where [Fail] asks), sleep and a duration ("sleep20ms", at each meeting from the n-th on), or count, which does nothing but have [Hits] count. What was armed before
 // is armed no more. "" disarms all.
 func Arm(spec string) error {
 	if spec == "" {
@@ -72,6 +87,10 @@ func Arm(spec string) error {
 			pt.action = stop
 		case what == "count":
 			pt.action = count
+		case what == "eio":
+			pt.action, pt.err = fail, unix.EIO
+		case what == "enospc":
+			pt.action, pt.err = fail, unix.ENOSPC
 		case strings.HasPrefix(what, "sleep"):
 			pt.action = sleep
 			var e error
@@ -83,7 +102,8 @@ func Arm(spec string) error {
 		if name == "" || n < 0 || err != nil {
 			return fmt.Errorf("arm failpoint %q: want name=number:action: %w", part, errors.Join(err, unix.EINVAL))
 		}
-		pt.after.Store(max(n, 1))
+		pt.every = max(n, 1)
+		pt.after.Store(pt.every)
 		p.all[name] = pt
 	}
 	armed.Store(p)
@@ -105,23 +125,25 @@ func Hits() map[string]int64 {
 	return m
 }
 
-func (p *points) hit(name string) {
+// hit does what the point does that is armed under the name, if one is, and returns it and how many hits were left then.
+func (p *points) hit(name string) (*point, int64) {
 	p.mu.Lock()
 	p.hits[name]++
 	p.mu.Unlock()
 	pt := p.all[name]
 	if pt == nil {
-		return
+		return nil, 0
 	}
 	left := pt.after.Add(-1)
 	switch {
 	case pt.action == sleep && left <= 0:
 		time.Sleep(pt.delay)
-	case left != 0 || pt.action == count:
+	case left != 0 || pt.action == count || pt.action == fail:
 	case pt.action == stop:
 		unix.Kill(unix.Getpid(), unix.SIGSTOP)
 	default:
 		unix.Kill(unix.Getpid(), unix.SIGKILL)
 		select {} // not one instruction more
 	}
+	return pt, left
 }

@@ -1,11 +1,14 @@
 package failpoint
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) {
@@ -72,6 +75,30 @@ func TestArm(t *testing.T) {
 	}
 	if n := Hits()["a.b"]; n != 2 {
 		t.Errorf("%d hits, want 2", n)
+	}
+}
+
+func TestFail(t *testing.T) {
+	defer Arm("")
+	if err := Fail("read"); err != nil {
+		t.Errorf("nothing is armed: %v", err)
+	}
+	if err := Arm("read=3:eio,write=1:enospc,other=1:count"); err != nil {
+		t.Fatal(err)
+	}
+	for i := 1; i <= 9; i++ {
+		if err := Fail("read"); (err == unix.EIO) != (i%3 == 0) || err != nil && err != unix.EIO {
+			t.Errorf("read %d: %v", i, err)
+		}
+		if err := Fail("write"); err != unix.ENOSPC {
+			t.Errorf("write %d: %v", i, err)
+		}
+		if err := errors.Join(Fail("other"), Fail("not armed")); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := Hits()["read"]; n != 9 {
+		t.Errorf("%d hits, want 9", n)
 	}
 }
 

@@ -82,8 +82,19 @@ type transfer interface {
 
 type descriptor int
 
-func (fd descriptor) pread(b []byte, off int64) (int, error)  { return unix.Pread(int(fd), b, off) }
-func (fd descriptor) pwrite(b []byte, off int64) (int, error) { return unix.Pwrite(int(fd), b, off) }
+func (fd descriptor) pread(b []byte, off int64) (int, error) {
+	if err := failpoint.Fail("file.pread"); err != nil {
+		return 0, err
+	}
+	return unix.Pread(int(fd), b, off)
+}
+
+func (fd descriptor) pwrite(b []byte, off int64) (int, error) {
+	if err := failpoint.Fail("file.pwrite"); err != nil {
+		return 0, err
+	}
+	return unix.Pwrite(int(fd), b, off)
+}
 
 // New makes a file store, or takes one over.
 func New(o *Options) (*Store, error) {
