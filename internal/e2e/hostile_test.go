@@ -266,6 +266,7 @@ func TestHostile(t *testing.T) {
 			socket, k := pagerAt(t, pagerOptions{Resident: 16 << 20})
 			b := newBystander(t, socket)
 			b.check("nothing")
+			standbyOf(t, k.cmd.Process.Pid)
 			family := descendants(k.cmd.Process.Pid)
 			before := make([]holdings, len(family))
 			for i, pid := range family {
