@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os/exec"
 	"time"
+
+	"machpager/internal/ipc"
 )
 
 // ExitState is the exit status of a pager that cannot take over what it was given: another one would not do better.
@@ -157,10 +159,13 @@ func (s *supervisor) watch(l *life, given <-chan error) error {
 			return nil
 		case err := <-given:
 			given = nil
-			if err != nil {
-				s.Log.Error("a pager does not take what is held for it: ending it", "pid", pid, "err", err)
-				l.cmd.Process.Kill()
+			if err == nil {
+				continue
 			}
+			if !errors.Is(err, ipc.ErrGone) { // else it has died, most likely, and status says so in a moment
+				s.Log.Error("a pager does not take what is held for it: ending it", "pid", pid, "err", err)
+			}
+			l.cmd.Process.Kill()
 		case <-late:
 			s.Log.Error("a pager that was started on what another one left does not serve: ending it", "pid", pid, "after", s.TakeOver)
 			l.cmd.Process.Kill()
