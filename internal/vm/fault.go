@@ -85,6 +85,9 @@ func (m *Mapping) resident(p int64, f faulter) (before page.Word, eff page.Effec
 			m.stats.minor.Add(1)
 			if m.grant(p, before, eff == page.ContinueWrite, f) {
 				m.latency(f.start)
+				if depth := m.marks.hit(p); depth > 0 && eff == page.ContinueWP && !f.retry {
+					m.marked(p, depth)
+				}
 				return
 			}
 			m.stats.minor.Add(-1)

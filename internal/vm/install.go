@@ -52,11 +52,11 @@ func (o *Object) fill(r *request, a, b int64, data []byte, precious bool) {
 	}
 	m.account(need, b-a, data != nil)
 	failpoint.Here("install.begin")
-	bytes, errno := o.place(m, a, b, data, need >= 0 && b-a == 1 && !toWrite && !m.readOnly, uffd.CopyWP)
+	bytes, errno := o.place(m, a, b, data, need >= 0 && b-a == 1 && !toWrite && !m.readOnly, uffd.CopyWP, r.mark)
 	failpoint.Here("install.copied")
 	done := bytes >> o.shift
 	if m.readOnly && done > 0 {
-		m.cont(a, a+done, false)
+		r.mark.cont(m, a, a+done, false)
 	}
 	if r.heal { // other mappings may have the page poisoned: CONTINUE heals them too
 		for _, x := range *o.maps.Load() {
@@ -116,7 +116,7 @@ func (o *Object) fillZeros(r *request, a, b int64) {
 	}
 	m.account(r.need, b-a, false)
 	failpoint.Here("install.zeros-dirty")
-	bytes, errno := o.place(m, a, b, nil, true, 0)
+	bytes, errno := o.place(m, a, b, nil, true, 0, mark{})
 	failpoint.Here("install.zeros-copied")
 	mid := a + (bytes+o.pageSize-1)>>o.shift  // of the last page a part may be there, and written to already: the rest follows when it is touched
 	if r.need > mid && errno == unix.ENOENT { // the mapping has a hole before need
@@ -125,7 +125,7 @@ func (o *Object) fillZeros(r *request, a, b int64) {
 		o.lose(r.need+1, b)
 		m.accounted(r, -1, mid+1, b, false)
 		a, b = r.need, r.need+1
-		bytes, errno = o.place(m, a, b, nil, true, 0)
+		bytes, errno = o.place(m, a, b, nil, true, 0, mark{})
 		mid = a + (bytes+o.pageSize-1)>>o.shift
 	}
 	if a <= r.need && r.need < mid && (b-a > 1 || errno != 0) {
@@ -195,18 +195,18 @@ func (o *Object) abandon(a, b int64) {
 }
 
 // place puts contents into the file and entries into m, write-protected if mode says so, or, for a read-only mapping, into the vm's own. It returns how many bytes it
-// did. wake: threads that wait are woken by the same ioctl.
-func (o *Object) place(m *Mapping, a, b int64, data []byte, wake bool, mode uffd.CopyMode) (int64, unix.Errno) {
+// did. wake: threads that wait are woken by the same ioctl. k is left out of the entries of a whole extent.
+func (o *Object) place(m *Mapping, a, b int64, data []byte, wake bool, mode uffd.CopyMode, k mark) (int64, unix.Errno) {
 	if m.readOnly {
 		own, err := o.ownMapping()
 		if err != nil {
 			o.vm.log.Error("fill for a read-only mapping", "object", o.id, "err", err)
 			return 0, errnoOf(err)
 		}
-		m = own
+		m, k = own, mark{}
 	}
 	if o.isExtent(a, b) {
-		return o.placeExtent(m, a, b, data, mode&uffd.CopyWP != 0)
+		return o.placeExtent(m, a, b, data, mode&uffd.CopyWP != 0, k)
 	}
 	if !wake {
 		mode |= uffd.CopyDontWake
@@ -284,16 +284,14 @@ func (o *Object) overlay(off int64) {
 }
 
 // placeExtent fills a whole aligned extent: one folio by pwrite, then CONTINUE. The caller owns all of it, so nothing of ours lies under the pwrite.
-func (o *Object) placeExtent(m *Mapping, a, b int64, data []byte, wp bool) (int64, unix.Errno) {
+func (o *Object) placeExtent(m *Mapping, a, b int64, data []byte, wp bool, k mark) (int64, unix.Errno) {
 	n, err := o.file.WriteAt(o.piece(data, 0, extentSize), a<<o.shift)
 	bytes := int64(n) &^ (o.pageSize - 1)
 	done := bytes >> o.shift
 	failpoint.Here("install.extent-written")
 	o.unstick(a, a+done, int64(o.framesOf(1))) // what was stuck there is part of it
 	if done > 0 {
-		if e := m.cont(a, a+done, wp); e != 0 && e != unix.EEXIST && e != unix.EFAULT {
-			return bytes, 0 // in the file and ours, if in no mapping: a MINOR fault will tell
-		}
+		k.cont(m, a, a+done, wp) // whatever it says, it is in the file and ours: a MINOR fault will tell
 	}
 	o.vm.counters.extents.Add(1)
 	return bytes, errnoOf(err)

@@ -25,6 +25,7 @@ type Mapping struct {
 	spans    atomic.Pointer[[]span]
 	gate     *gate
 	pattern  pattern
+	marks    marks
 	wires    wirePages
 	stats    mappingCounters
 }

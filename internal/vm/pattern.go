@@ -74,9 +74,7 @@ func (m *Mapping) ahead(p int64, f faulter) (a, b int64, stream bool) {
 	}
 	ra := m.pattern.at(p)
 	w := ra.Fault(p)
-	if w.BehindN > 0 {
-		o.cold(w.BehindFirst, w.BehindFirst+w.BehindN)
-	}
+	o.dropBehind(w)
 	if w.N == 1 {
 		return p, p + 1, false
 	}
@@ -84,6 +82,9 @@ func (m *Mapping) ahead(p int64, f faulter) (a, b int64, stream bool) {
 	lo, hi := max(w.First, first, p-limit+1), min(w.First+w.N, last, p+limit)
 	a, b = o.extend(p, lo, hi)
 	ra.Asked(b - a)
+	if f.ev == page.FaultRead && (b == w.First+w.N || w.First < p && a == w.First) {
+		m.goOn(p, w, 1)
+	}
 	return a, b, o.temporary()
 }
 
@@ -246,7 +247,7 @@ func (m *Mapping) willNeed(a, b int64) error {
 					p++
 					continue
 				}
-				p += max(1, m.askRun(p, end, &asked))
+				p += max(1, m.askRun(p, end, &asked, mark{}))
 			}
 			if waitFor(ctx, &asked.wg) != nil {
 				return

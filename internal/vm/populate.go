@@ -90,7 +90,7 @@ func (m *Mapping) populateRun(ctx context.Context, a, b int64, write bool) error
 			case p >= o.limit.Load():
 				return emm.MemoryError
 			case w.State() == page.Absent || w.State() == page.Error && w&page.Failure == 0:
-				got := m.askRun(p, b, &asked)
+				got := m.askRun(p, b, &asked, mark{})
 				absent += got
 				short = short || got == 0
 				p += max(1, got)
@@ -147,8 +147,8 @@ type asking struct {
 
 func (k *asking) failed(reason emm.KernReturn) { k.failure.CompareAndSwap(0, int32(reason)) }
 
-// askRun asks for a run of absent pages that begins at p, and returns its length: 0 without frames, or if p is not absent any more.
-func (m *Mapping) askRun(p, b int64, asked *asking) int64 {
+// askRun asks for a run of absent pages that begins at p, and returns its length: 0 without frames, or if p is not absent any more. k is left out of the mapping.
+func (m *Mapping) askRun(p, b int64, asked *asking, k mark) int64 {
 	o := m.obj
 	if o.reserve(1) == 0 {
 		return 0
@@ -175,7 +175,7 @@ func (m *Mapping) askRun(p, b int64, asked *asking) int64 {
 		need = p
 	}
 	asked.wg.Add(1)
-	o.ask(&request{m: m, a: p, b: end, need: need, f: faulter{ev: page.FaultRead, start: time.Now(), retry: true}, heal: heal, failed: asked.failed, done: asked.wg.Done})
+	o.ask(&request{m: m, a: p, b: end, need: need, f: faulter{ev: page.FaultRead, start: time.Now(), retry: true}, heal: heal, mark: k, failed: asked.failed, done: asked.wg.Done})
 	return end - p
 }
 

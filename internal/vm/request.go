@@ -24,6 +24,7 @@ type request struct {
 	write  bool                 // immutable; the thread wants to write
 	stream bool                 // immutable; the faults are a stream: what is asked for ahead will be used in the same way
 	heal   bool                 // immutable; the page was in Error: other mappings may be poisoned
+	mark   mark                 // immutable; to be left out of the mapping, if the pages are filled as one extent
 	failed func(emm.KernReturn) // immutable; told of errors; may be nil
 	done   func()               // immutable; called once when all is answered and installed; may be nil
 

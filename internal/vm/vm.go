@@ -121,6 +121,7 @@ type VM struct {
 	inflight atomic.Int64 // frames of victims that managers have not stored yet
 	crowded  atomic.Bool  // an object is near its maximum
 
+	aheadJobs chan aheadJob
 	cleaner   cleaner
 	dealing   dealing     // the page-out daemon's alone
 	contended atomic.Bool // some objects are spared: see share.go
@@ -173,6 +174,7 @@ func New(o Options) (*VM, error) {
 	}
 	v.heals.some = make(chan struct{}, 1)
 	v.cleaner.kick = make(chan struct{}, 1)
+	v.aheadJobs = make(chan aheadJob, streamJobs)
 	v.ctx, v.cancel = context.WithCancel(context.Background())
 	v.adopting.Store(o.Adopting)
 	if !o.Adopting {
@@ -186,6 +188,9 @@ func New(o Options) (*VM, error) {
 func (v *VM) begin() {
 	v.bg.Go(v.pageout)
 	v.bg.Go(v.cleanAhead)
+	for range streamWorkers {
+		v.bg.Go(v.readAhead)
+	}
 	v.bg.Go(v.serveHeals)
 	v.bg.Go(v.watchRequests)
 }
