@@ -41,6 +41,8 @@ type object struct {
 	mem       store.Memory // the page map; grown under mu
 	shared    atomic.Bool  // set with mu, for ever: some of its slots may be another's too
 
+	account atomic.Pointer[Account] // set once, with mu or before anybody knows the object; nil: none
+
 	snapshots sync.Mutex // held while a snapshot is made: one after the other
 
 	mu       sync.Mutex
@@ -152,9 +154,11 @@ func (o *object) commit(page int64, w uint64) {
 	case old == 0:
 		o.counts[page/chunkPages]++
 		o.stored++
+		o.account.Load().add(o.p, int64(o.unit))
 	case w == 0:
 		o.counts[page/chunkPages]--
 		o.stored--
+		o.account.Load().add(o.p, -int64(o.unit))
 	}
 	if old != 0 {
 		o.retired[o.epoch] = appendSlots(o.retired[o.epoch], wordSlot(old), o.unit)
@@ -236,6 +240,7 @@ func (o *object) release() {
 	o.p.step("pager.release")
 	o.mu.Lock()
 	runs := o.reap(nil)
+	o.account.Load().add(o.p, -o.stored*int64(o.unit))
 	o.mu.Unlock()
 	o.free(runs)
 	o.slots(func(s store.Slot, n int) bool {

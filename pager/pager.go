@@ -90,11 +90,12 @@ type Pager struct {
 	hook       func(step string) // set by tests, before use
 
 	mu      sync.Mutex
-	quiet   sync.Cond            // with mu; an object was released
-	closed  bool                 // guarded by mu
-	table   *table               // guarded by mu
-	objects map[emm.Port]*object // guarded by mu; those that can be named
-	ids     []*object            // guarded by mu; by place in the table; with those on their way out
+	quiet   sync.Cond             // with mu; an object was released
+	closed  bool                  // guarded by mu
+	table   *table                // guarded by mu
+	objects map[emm.Port]*object  // guarded by mu; those that can be named
+	ids     []*object             // guarded by mu; by place in the table; with those on their way out
+	charges map[emm.Port]*Account // guarded by mu; of objects that are still to come
 }
 
 var _ emm.DefaultManager = (*Pager)(nil)
@@ -241,6 +242,10 @@ func (p *Pager) publish(o *object) error {
 		return emm.InvalidArgument
 	}
 	p.step("pager.mapped")
+	if a := p.charges[o.port]; a != nil {
+		delete(p.charges, o.port)
+		o.account.Store(a) // nothing is stored yet
+	}
 	p.table.put(o.id, o.entry)
 	p.objects[o.port] = o
 	p.step("pager.published")

@@ -111,7 +111,9 @@ type write struct {
 	initialize bool
 
 	words  []uint64 // by page: the new word of the map, or keep
+	old    []bool   // by page, of an object with an account: it is stored already
 	pieces []*wpiece
+	more   int64 // slots that are taken besides those that take the place of others, as far as w.old tells
 	freed  []slotRun
 	left   atomic.Int32 // pieces not done, and one for start
 	mu     sync.Mutex
@@ -145,6 +147,9 @@ func (w *write) begin() {
 			word = keep
 		}
 		w.words = append(w.words, word)
+		if o.account.Load() != nil {
+			w.old = append(w.old, o.word(first+i) != 0)
+		}
 	}
 }
 
@@ -162,6 +167,10 @@ func (w *write) start() {
 		for end < pages && w.wanted(end) {
 			end++
 		}
+		if !w.mayTake(page, end) {
+			w.fail(errQuota)
+			break
+		}
 		page = w.place(page, end)
 	}
 	if w.failure() == nil { // all have their slots
@@ -172,6 +181,20 @@ func (w *write) start() {
 		}
 	}
 	w.done()
+}
+
+// mayTake reports whether the account of the object has room for what pages [page, end) and those before them need besides what they have.
+func (w *write) mayTake(page, end int) bool {
+	if len(w.old) == 0 {
+		return true
+	}
+	for i := page; i < end; i++ {
+		if !w.old[i] {
+			w.old[i] = true // place may take a part only: what is counted is not counted again
+			w.more += int64(w.o.unit)
+		}
+	}
+	return w.o.account.Load().room(w.o.p, w.more)
 }
 
 // wanted reports whether there is anything to store of a page.
@@ -286,7 +309,7 @@ func (w *write) done() {
 	release := o.releasable()
 	o.mu.Unlock()
 
-	if w.err != nil && result != emm.NoSpace {
+	if w.err != nil && result != emm.NoSpace && w.err != errQuota {
 		o.p.logError("store returned pages", "object", o.id, "off", w.run.Off, "size", w.run.Size, "err", w.err)
 	}
 	o.p.step("pager.committed")
@@ -329,7 +352,7 @@ func (w *write) put() {
 		w.pieces[i] = nil
 	}
 	w.o, w.control, w.data, w.err = nil, nil, nil, nil
-	w.words, w.pieces, w.freed = w.words[:0], w.pieces[:0], w.freed[:0]
+	w.words, w.old, w.pieces, w.freed, w.more = w.words[:0], w.old[:0], w.pieces[:0], w.freed[:0], 0
 	writes.Put(w)
 }
 

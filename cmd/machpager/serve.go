@@ -22,7 +22,7 @@ const maxSocketPath = len(unix.RawSockaddrUnix{}.Path) - 1
 
 func newServe() *cobra.Command {
 	o := spawn.ServeOptions{Config: daemon.Config{Socket: region.DefaultSocket, Store: daemon.StoreTiered}}
-	resident, compressed, capacity, userSpace, taskMapped := size(0), size(0), size(0), size(0), size(0)
+	resident, compressed, capacity, userSpace, taskMapped, userResident, userPaging := size(0), size(0), size(0), size(0), size(0), size(0), size(0)
 	var grace time.Duration
 	var standby bool
 	c := &cobra.Command{
@@ -50,6 +50,7 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 			o.Resident, o.Compressed, o.Capacity, o.Grace = int64(resident), int64(compressed), int64(capacity), grace
 			o.NoStandby = !standby
 			o.Quotas.UserSpace, o.Quotas.TaskMapped = int64(userSpace), int64(taskMapped)
+			o.Quotas.UserResident, o.Quotas.UserPaging = int64(userResident), int64(userPaging)
 			if err := o.Check(); err != nil {
 				return usageError{fmt.Errorf("%w (see machpager serve --help)", err)}
 			}
@@ -74,6 +75,9 @@ Sizes are bytes, or have a suffix K, M, G or T (powers of 1024).`,
 	f.IntVar(&o.Quotas.UserConnections, "user-connections", 0, "connections that one user may have (default three quarters of all)")
 	f.IntVar(&o.Quotas.UserObjects, "user-objects", 0, "objects that one user may have made (default three quarters of all)")
 	f.Var(&userSpace, "user-space", "size of all objects that one user may have made: what they can take of memory and paging space together (default no limit)")
+	f.Var(&userResident, "user-resident", "memory that the objects which one user has made may occupy together; beyond, they make room among their own (default no limit)")
+	f.Var(&userPaging, "user-paging", "paging space that they may take together; what is beyond stays in memory, so --user-resident is needed too (default no limit)")
+	f.IntVar(&o.Quotas.TaskFaults, "task-faults", 0, "data requests that may be out at once for the faults of one connection; further faults wait (default 256)")
 	f.Var(&taskMapped, "task-mapped", "size of all mappings of one connection (default no limit)")
 	f.IntVar(&o.Quotas.TaskRequests, "task-requests", 0, "requests that one connection may make in a second; what comes faster waits (default 20000)")
 	f.BoolVar(&o.GiveDevice, "hand-out-userfaultfd", false,

@@ -189,6 +189,12 @@ func (d *Daemon) adoptObject(in *inheritance, i *guardian.Item) error {
 	}
 	opt := vm.AdoptOptions{ID: i.ID, Length: r.Length, ObjectOptions: vm.ObjectOptions{Port: port, Size: r.Size, PageSize: r.PageSize, ClusterSize: r.Cluster,
 		ResidentMin: r.ResidentMin, ResidentMax: r.ResidentMax}}
+	user, err := d.accounts.of(r.User)
+	if err != nil {
+		return fmt.Errorf("take over object %d: %w", i.ID, err)
+	}
+	opt.Account = user.vm
+	d.charge(user, port)
 	switch {
 	case r.Own:
 		opt.Manager = d.pager

@@ -126,6 +126,7 @@ type Daemon struct {
 	probe       *prober
 	objects     objects
 	limits      limits
+	accounts    accounts
 	roster      roster
 	checking    atomic.Bool // a check is under way
 
@@ -159,6 +160,7 @@ func Run(o Options) error {
 	d.objects.init()
 	d.limits.init()
 	d.limits.quotas(o.Config.Quotas)
+	d.accounts.resident, d.accounts.paging = d.limits.userResident, d.limits.userPaging
 	for i, m := range o.Managers {
 		if m.Name == "" || builtIn(m.Name) || m.Open == nil || d.managers[m.Name] != nil {
 			return fmt.Errorf("start pager: memory manager %q: want a name of its own and an Open function", m.Name)
@@ -339,7 +341,7 @@ func (d *Daemon) open(items []guardian.Item) (left *inheritance, err error) {
 	if d.pager, err = pager.New(pager.Options{Store: d.store, NewMemory: d.newMap, Log: d.log}); err != nil {
 		return left, err
 	}
-	if d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: d.newTable, Policy: d.config.Policy, Adopting: left != nil, Moved: d.moved, Log: d.log}); err != nil {
+	if d.vm, err = vm.New(vm.Options{Frames: d.frames, NewTable: d.newTable, Policy: d.config.Policy, Adopting: left != nil, Moved: d.moved, TaskFaults: d.limits.taskFaults, Log: d.log}); err != nil {
 		return left, err
 	}
 	d.vm.SetDefaultManager(d.pager)

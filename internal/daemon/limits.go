@@ -21,7 +21,10 @@ type limits struct {
 
 	userObjects  int   // made by one user
 	userSpace    int64 // bytes of them; 0: no limit
+	userResident int64 // bytes of them that are resident; 0: no limit
+	userPaging   int64 // bytes of paging space that they take; 0: no limit
 	taskMapped   int64 // bytes mapped by one connection; 0: no limit
+	taskFaults   int   // data requests that are out at once for one connection
 	taskRequests int   // a second
 
 	mu      sync.Mutex

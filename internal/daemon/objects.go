@@ -172,6 +172,10 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 	case s.manager == "" && s.arg != "", s.manager == "" && s.file != nil:
 		return nil, fmt.Errorf("create object: an argument or a file, but no manager to take it: %w", emm.InvalidArgument)
 	}
+	user, err := d.accounts.of(s.user)
+	if err != nil {
+		return nil, fmt.Errorf("create object: %w", err)
+	}
 	o := &object{name: s.manager, cluster: s.cluster}
 	o.size.Store(s.size)
 	if s.file != nil {
@@ -183,7 +187,7 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 			return nil, fmt.Errorf("create object: %w", err)
 		}
 	}
-	opt := vm.ObjectOptions{Size: s.size, PageSize: s.pageSize, ClusterSize: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax}
+	opt := vm.ObjectOptions{Size: s.size, PageSize: s.pageSize, ClusterSize: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax, Account: user.vm}
 	switch {
 	case s.manager != "":
 		got, err := d.openManager(ctx, s, o)
@@ -204,9 +208,12 @@ func (d *Daemon) newObject(ctx context.Context, s objectSpec) (*object, error) {
 	if !s.private {
 		o.port = opt.Port
 	}
-	var err error
+	if s.manager == "" {
+		d.charge(user, opt.Port)
+	}
 	if o.vm, err = d.vm.NewObject(opt); err != nil {
 		d.endManager(o, opt.Port)
+		d.discharge(opt.Port)
 		return nil, err
 	}
 	o.record = objectRecord{Port: opt.Port.String(), Size: s.size, PageSize: s.pageSize, Cluster: s.cluster, ResidentMin: s.residentMin, ResidentMax: s.residentMax,
@@ -238,6 +245,7 @@ func (d *Daemon) release(o *object) {
 		failpoint.Here("daemon.end.terminated")
 		if !o.own {
 			d.endManager(o, o.port)
+			d.discharge(o.vm.Port())
 		}
 		d.letGoObject(o.vm.ID())
 	})

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"machpager/internal/vm"
 	"machpager/pager/emm"
 )
 
@@ -14,7 +15,10 @@ type Quotas struct {
 	UserConnections int   // default three quarters of all, which RLIMIT_NOFILE bounds
 	UserObjects     int   // that he has made; default three quarters of all, which RLIMIT_NOFILE bounds
 	UserSpace       int64 // bytes of the objects he has made: more they cannot take, of frames and paging space together; default no limit
+	UserResident    int64 // bytes that the objects he has made have resident together, at least 8 pages; beyond, they make room among their own; default no limit
+	UserPaging      int64 // bytes of paging space that they take together; what is beyond stays resident, so it needs UserResident; default no limit
 	TaskMapped      int64 // bytes of all mappings; default no limit
+	TaskFaults      int   // data requests that are out at once for its faults; further faults wait; default 256
 	TaskRequests    int   // a second; what comes faster waits; default 20000
 }
 
@@ -30,12 +34,13 @@ func (q Quotas) check() error {
 		what string
 		n    int64
 	}{{"connections of a user", int64(q.UserConnections)}, {"objects of a user", int64(q.UserObjects)}, {"bytes of the objects of a user", q.UserSpace},
+		{"bytes of resident memory of a user", q.UserResident}, {"bytes of paging space of a user", q.UserPaging}, {"data requests of a task at once", int64(q.TaskFaults)},
 		{"bytes mapped by a task", q.TaskMapped}, {"requests of a task in a second", int64(q.TaskRequests)}} {
 		if x.n < 0 {
 			return fmt.Errorf("quota: %d %s: %w", x.n, x.what, emm.InvalidArgument)
 		}
 	}
-	return nil
+	return q.checkMemory()
 }
 
 // quotas are set by the configuration, within what there is.
@@ -51,6 +56,10 @@ func (l *limits) quotas(q Quotas) {
 	if l.taskRequests == 0 {
 		l.taskRequests = defaultTaskRequests
 	}
+	l.userResident, l.userPaging, l.taskFaults = q.UserResident, q.UserPaging, q.TaskFaults
+	if l.taskFaults == 0 {
+		l.taskFaults = vm.DefaultTaskFaults
+	}
 }
 
 // text is for people, in info.
@@ -61,8 +70,9 @@ func (l *limits) text() string {
 		}
 		return fmt.Sprint(n)
 	}
-	return fmt.Sprintf("user: %d connections, %d objects of %s bytes together; task: %d handles, %d mappings of %s bytes together, %d requests a second; all: %d connections, %d objects",
-		l.userSessions, l.userObjects, bytes(l.userSpace), l.handles, l.mappings, bytes(l.taskMapped), l.taskRequests, l.sessions, l.objects)
+	return fmt.Sprintf("user: %d connections, %d objects of %s bytes together, %s bytes resident, %s bytes in paging space; "+
+		"task: %d handles, %d mappings of %s bytes together, %d requests a second, %d data requests at once; all: %d connections, %d objects",
+		l.userSessions, l.userObjects, bytes(l.userSpace), bytes(l.userResident), bytes(l.userPaging), l.handles, l.mappings, bytes(l.taskMapped), l.taskRequests, l.taskFaults, l.sessions, l.objects)
 }
 
 // made is what a user has made.

@@ -40,6 +40,10 @@ func (d *Daemon) snapshot(ctx context.Context, o *object, user uint32) (*object,
 	if err := d.roomFor(user, size); err != nil {
 		return nil, fmt.Errorf("snapshot: %w", err)
 	}
+	account, err := d.accounts.of(user)
+	if err != nil {
+		return nil, fmt.Errorf("snapshot: %w", err)
+	}
 	switch {
 	case o.manager != nil:
 		return nil, fmt.Errorf("snapshot: an object of the manager %q, want one of the default pager: %w", o.name, emm.InvalidArgument)
@@ -52,8 +56,8 @@ func (d *Daemon) snapshot(ctx context.Context, o *object, user uint32) (*object,
 		return nil, err
 	}
 	failpoint.Here("daemon.snapshot.shared")
-	var err error
-	if c.vm, err = d.vm.NewObject(vm.ObjectOptions{Size: size, PageSize: o.vm.PageSize(), ClusterSize: c.cluster, Port: c.port, Manager: d.pager}); err != nil {
+	d.charge(account, c.port)
+	if c.vm, err = d.vm.NewObject(vm.ObjectOptions{Size: size, PageSize: o.vm.PageSize(), ClusterSize: c.cluster, Port: c.port, Manager: d.pager, Account: account.vm}); err != nil {
 		d.endManager(c, c.port)
 		return nil, err
 	}

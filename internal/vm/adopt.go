@@ -79,6 +79,7 @@ func (v *VM) AdoptObject(opt AdoptOptions) (*Object, Adopted, error) {
 		delete(v.objects, o.id)
 		v.mu.Unlock()
 		v.frames.Release(int(o.resident.Load()))
+		o.account.add(-o.resident.Load())
 		return fail(err)
 	}
 	failpoint.Here("adopt.table")
@@ -202,7 +203,7 @@ func (o *Object) adoptWord(p int64) {
 // charge counts the frames of the resident pages [a, b). The policy is told of them later: see introduce.
 func (o *Object) charge(a, b int64) {
 	f := int64(o.framesOf(b - a))
-	o.resident.Add(f)
+	o.counted(f)
 	o.vm.frames.Claim(f)
 	o.strange = append(o.strange, pageRun{a, b})
 }
@@ -210,7 +211,7 @@ func (o *Object) charge(a, b int64) {
 // keepStuck counts what would not go of the pages [a, b).
 func (o *Object) keepStuck(a, b int64) int64 {
 	f := o.strand(a, b)
-	o.resident.Add(f)
+	o.counted(f)
 	o.vm.frames.Claim(f)
 	return f
 }

@@ -96,7 +96,7 @@ func (v *VM) retryDeferred(stuck bool) {
 			if turn[i] != pass || !d.m.gate.enter() { // a mapping that is gone: its threads are too
 				continue
 			}
-			if (stuck || d.m.obj.room.full.Load()) && time.Since(d.f.start) > shortageAfter {
+			if (stuck || d.m.obj.room.full.Load() || d.m.obj.account.isFull()) && time.Since(d.f.start) > shortageAfter {
 				if v.shortage(d) {
 					failed[waiting{d.m, d.p, 0}] = true
 				}

@@ -13,8 +13,8 @@ import (
 // storeFailing makes the page-out daemon try less and less often, and with fewer pages at once, while a manager stores nothing, until a page is stored again: paging space
 // may have room for some pages yet. In between only pages go that are stored already. There is one for each manager, so that those of others go as before.
 type storeFailing struct {
-	key   any // immutable; the manager; nil: of one object alone
-	users int // guarded by failings.mu; objects
+	key   failingKey // immutable; zero: of one object alone
+	users int        // guarded by failings.mu; objects
 	mu    sync.Mutex
 	wait  time.Duration // guarded by mu; 0: all is well
 	until time.Time     // guarded by mu
@@ -106,25 +106,32 @@ func (f *storeFailing) takesTime() bool { return f.late.Load() > 0 }
 
 // failings are what is known of each manager's store.
 type failings struct {
-	mu  sync.Mutex            // a leaf
-	all map[any]*storeFailing // guarded by mu; by manager
-	own storeFailing          // of objects that have no manager yet
+	mu  sync.Mutex                   // a leaf
+	all map[failingKey]*storeFailing // guarded by mu
+	own storeFailing                 // of objects that have no manager yet
 }
 
-// enter finds what is known of m's store, for one object more.
-func (s *failings) enter(m emm.Manager) *storeFailing {
+// failingKey is whose store it is, and for whom: a manager may refuse what one owner's objects return, and take what others' do.
+type failingKey struct {
+	manager any
+	account *Account
+}
+
+// enter finds what is known of m's store, for one object more of an account.
+func (s *failings) enter(m emm.Manager, a *Account) *storeFailing {
 	if !reflect.TypeOf(m).Comparable() {
 		return &storeFailing{}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f := s.all[m]
+	key := failingKey{m, a}
+	f := s.all[key]
 	if f == nil {
 		if s.all == nil {
-			s.all = map[any]*storeFailing{}
+			s.all = map[failingKey]*storeFailing{}
 		}
-		f = &storeFailing{key: m}
-		s.all[m] = f
+		f = &storeFailing{key: key}
+		s.all[key] = f
 	}
 	f.users++
 	return f
@@ -132,7 +139,7 @@ func (s *failings) enter(m emm.Manager) *storeFailing {
 
 // leave forgets it with the last object.
 func (s *failings) leave(f *storeFailing) {
-	if f.key == nil {
+	if f.key == (failingKey{}) {
 		return
 	}
 	s.mu.Lock()

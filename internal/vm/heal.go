@@ -122,6 +122,7 @@ func (v *VM) heal(k healKey) {
 		}
 		if o.stepFrom(k.p, page.Error, page.FaultRead) == page.Request { // otherwise somebody else has asked
 			o.request(m, k.p, faulter{ev: page.FaultRead, start: time.Now(), retry: true}, true)
+			v.kickNow() // if it was put aside for want of a frame: the daemon may be asleep, and nobody faults here who would wake it
 		}
 		m.gate.leave()
 		return

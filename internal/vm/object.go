@@ -28,6 +28,7 @@ type ObjectOptions struct {
 	ClusterSize int64       // bytes asked for at once around a fault, a power of two up to 2 MiB; 0: as the pattern of faults suggests
 	ResidentMin int64       // bytes that page-out leaves resident for the sake of others; 0: none
 	ResidentMax int64       // bytes that may be resident at once, at least 8 pages; 0: as many as the budget allows
+	Account     *Account    // bounds what is resident of this and other objects together; nil: nothing does
 	Fresh       bool        // the manager has no contents that this object did not return: what was never touched need not be discarded there. True if Manager is nil
 	Manager     emm.Manager // nil: a temporary object of the vm's own (vm_allocate): zeros, given to the default manager at its first page-out
 }
@@ -51,6 +52,7 @@ type Object struct {
 	spared   atomic.Bool     // whoever it counts for has no more than his share: see share.go
 	stalled  atomic.Bool     // a data return has been unanswered for long, and none was completed since
 	room     residency
+	account  *Account // immutable; nil: none
 	maps     atomic.Pointer[[]*Mapping]
 	attrs    atomic.Pointer[emm.Attributes]
 	binding  atomic.Pointer[binding] // nil: no manager yet
@@ -151,11 +153,20 @@ func (v *VM) object(opt ObjectOptions) (*Object, error) {
 	if err := o.room.set(opt.ResidentMin, opt.ResidentMax, size, ps); err != nil {
 		return nil, err
 	}
+	if a := opt.Account; a != nil {
+		switch {
+		case a.max*frameSize < minResidentMax*ps:
+			return nil, fmt.Errorf("page size %d: all objects of this owner together may have %d bytes resident, which are fewer than %d such pages: %w", ps, a.max*frameSize, minResidentMax, emm.ResourceShortage)
+		case o.room.min > a.max-minResidentMax/2*ps/frameSize:
+			return nil, fmt.Errorf("resident minimum %d: all objects of this owner together may have %d bytes resident: %w", opt.ResidentMin, a.max*frameSize, emm.ResourceShortage)
+		}
+		o.account = a
+	}
 	return o, nil
 }
 
 func (o *Object) bind(m emm.Manager, port emm.Port) *binding {
-	b := &binding{manager: m, port: port, failing: o.vm.failings.enter(m)}
+	b := &binding{manager: m, port: port, failing: o.vm.failings.enter(m, o.account)}
 	b.completer, _ = m.(emm.Completer)
 	o.binding.Store(b)
 	return b
@@ -263,12 +274,18 @@ func (o *Object) reserve(n int64) int64 {
 		o.vm.frames.Release(got - int(n)*f)
 	}
 	if n < room {
-		o.resident.Add((n - room) * int64(f))
+		o.counted((n - room) * int64(f))
 	}
 	if n > 0 {
 		o.vm.lackFrames()
 	}
 	return n
+}
+
+// counted changes what the object, and its account, have: by f frames that need no room, or that go.
+func (o *Object) counted(f int64) {
+	o.resident.Add(f)
+	o.account.add(f)
 }
 
 // release gives the frames of n pages back.
@@ -280,7 +297,7 @@ func (o *Object) release(n int64) {
 }
 
 func (o *Object) releaseFrames(f int64) {
-	o.resident.Add(-f)
+	o.counted(-f)
 	o.vm.frames.Release(int(f))
 	o.vm.kickDeferred()
 }
@@ -321,7 +338,7 @@ func (o *Object) adoptManager() (*binding, error) {
 	if o.port.IsNull() {
 		o.port = emm.NewPort()
 	}
-	b := &binding{manager: def, def: def, port: o.port, failing: o.vm.failings.enter(def)}
+	b := &binding{manager: def, def: def, port: o.port, failing: o.vm.failings.enter(def, o.account)}
 	b.completer, _ = def.(emm.Completer)
 	// Create is a direct call that must not block and has nothing to ask the vm for under o.mu: SetCookie and ChangeAttributes do not take it.
 	h := emm.Head{Control: o.control, Seqno: o.vm.seqno.Add(1) - 1}
@@ -375,7 +392,9 @@ func (o *Object) Terminate() {
 	o.file.Close()
 	failpoint.Here("terminate.emptied")
 	o.vm.policy.Forget(o.frameRun(0, o.npages()))
-	o.vm.frames.Release(int(o.resident.Swap(0))) // what is stuck is among them
+	left := o.resident.Swap(0) // what is stuck is among them
+	o.account.add(-left)
+	o.vm.frames.Release(int(left))
 	o.vm.guaranteed.add(-o.room.min)
 	o.table.Close()
 	o.vm.kickDeferred()

@@ -40,7 +40,7 @@ func (m *Mapping) Populate(ctx context.Context, off, n int64, write bool) error 
 	if most := o.vm.frames.Budget(); n > most {
 		return fmt.Errorf("populate: %d bytes under a budget of %d: %w", n, most, emm.ResourceShortage)
 	}
-	if most := o.room.max * frameSize; most != 0 && n > most {
+	if most := o.most() * frameSize; most != 0 && n > most {
 		return fmt.Errorf("populate: %d bytes of an object of which %d may be resident: %w", n, most, emm.ResourceShortage)
 	}
 	end := (m.off + off + n + o.pageSize - 1) >> o.shift
@@ -57,8 +57,8 @@ func (m *Mapping) Populate(ctx context.Context, off, n int64, write bool) error 
 // populateStep is how many pages Populate has resident all at once: a power of two, an extent or a quarter of the budget and of the object's maximum.
 func (o *Object) populateStep() int64 {
 	step, most := o.extentPages(), o.vm.frames.Budget()/frameSize
-	if o.room.max != 0 {
-		most = min(most, o.room.max)
+	if limit := o.most(); limit != 0 {
+		most = min(most, limit)
 	}
 	for step > 1 && int64(o.framesOf(step)) > most/4 {
 		step /= 2

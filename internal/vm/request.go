@@ -99,7 +99,7 @@ func (o *Object) ask(r *request) {
 		access |= emm.ProtWrite
 	}
 	o.reqMu.Lock()
-	if len(o.requests) >= MaxRequests {
+	if len(o.requests) >= MaxRequests || !o.vm.mayAsk(r.m.task) {
 		o.reqMu.Unlock()
 		o.abandon(r.a, r.b)
 		if r.need >= 0 {
@@ -124,6 +124,18 @@ func (o *Object) ask(r *request) {
 		o.answer(first, end, func(q *request, a, b int64) { o.fail(q, a, b, emm.MemoryError) })
 	}
 }
+
+// mayAsk counts one more request that is out for a task, if it may have one.
+func (v *VM) mayAsk(t *Task) bool {
+	if t == nil || t.requests.Add(1) <= v.taskFaults {
+		return true
+	}
+	t.requests.Add(-1)
+	return false
+}
+
+// asked ends mayAsk, and reports whether the task had as many as it may have: others may have been put aside.
+func (v *VM) asked(t *Task) (full bool) { return t != nil && t.requests.Add(-1) == v.taskFaults-1 }
 
 // answer finds the requests that the pages [a, b) belong to and calls fn for each run of pages not answered before: the caller of answer owns them from then
 // on. What nobody asked for is counted.
@@ -189,6 +201,7 @@ func (o *Object) filled(r *request) {
 	last := r.left == 0 && r.filling == 0
 	full := len(o.requests) >= MaxRequests
 	if last {
+		full = o.vm.asked(r.m.task) || full
 		i := slices.Index(o.requests, r)
 		o.requests[i] = o.requests[len(o.requests)-1]
 		o.requests[len(o.requests)-1] = nil

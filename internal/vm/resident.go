@@ -37,9 +37,12 @@ const minResidentMax = 8
 const roomShare = 8
 
 // water is the room that the daemon keeps under the maximum: it begins below low and goes on to high. An object of few pages has none.
-func (o *Object) water() (low, high int64) {
-	high = min(o.room.max/roomShare, reserveMax/frameSize)
-	if high < int64(o.framesOf(4)) {
+func (o *Object) water() (low, high int64) { return waterUnder(o.room.max, int64(o.framesOf(1))) }
+
+// waterUnder is the room that is kept under a maximum, for pages of so many frames.
+func waterUnder(limit, page int64) (low, high int64) {
+	high = min(limit/roomShare, reserveMax/frameSize)
+	if high < 4*page {
 		return 0, 0
 	}
 	return high / 2, high
@@ -111,14 +114,35 @@ func (v *VM) setFrames(bytes int64) (allowed bool, err error) {
 // allowance is how many bytes the object may have resident.
 func (o *Object) allowance() int64 {
 	n := o.vm.frames.Budget()
-	if o.room.max != 0 {
-		n = min(n, o.room.max*frameSize)
+	if most := o.most(); most != 0 {
+		n = min(n, most*frameSize)
 	}
 	return n
 }
 
-// admit takes room under the object's maximum for up to n pages, and returns for how many.
+// most is how many frames the object may have by its own maximum and its account's; 0: as many as there are.
+func (o *Object) most() int64 {
+	n := o.room.max
+	if a := o.account; a != nil && (n == 0 || a.max < n) {
+		n = a.max
+	}
+	return n
+}
+
+// admit takes room under the account's and the object's maximum for up to n pages, and returns for how many.
 func (o *Object) admit(n int64) int64 {
+	f := int64(o.framesOf(1))
+	n = o.account.admit(o.vm, n, f)
+	got := o.admitOwn(n)
+	o.account.add((got - n) * f)
+	return got
+}
+
+// admitOwn takes room under the object's maximum.
+func (o *Object) admitOwn(n int64) int64 {
+	if n == 0 {
+		return 0
+	}
 	r, f := &o.room, int64(o.framesOf(1))
 	if r.max == 0 {
 		o.resident.Add(n * f)
@@ -146,7 +170,7 @@ func (o *Object) admit(n int64) int64 {
 
 // used marks a page for the hand.
 func (o *Object) used(p int64) {
-	if o.room.max != 0 {
+	if o.most() != 0 {
 		o.words[p].Or(uint64(recent))
 	}
 }
@@ -155,7 +179,7 @@ func (o *Object) used(p int64) {
 func (o *Object) cold(a, b int64) {
 	o.vm.policy.Cold(o.frameRun(a, b))
 	r := &o.room
-	if r.max == 0 || a >= b {
+	if o.most() == 0 || a >= b {
 		return
 	}
 	walk := touched{o: o}
@@ -204,10 +228,14 @@ func (v *VM) makeRoom() {
 	if !v.crowded.Swap(false) {
 		return
 	}
-	for _, o := range v.allObjects() {
+	all := v.allObjects()
+	for _, o := range all {
 		if o.room.max != 0 && o.gate.enter() {
 			o.makeRoom()
 			o.gate.leave()
+		}
+		if a := o.account; a != nil && a.crowded.Swap(false) {
+			a.makeRoom(all)
 		}
 	}
 }
@@ -304,13 +332,13 @@ func (o *Object) takeOld(p int64, clean bool) bool {
 	return o.take(p, emm.ReturnAll, true)
 }
 
-// countWired counts f more wired frames, a page, if the budget, what is promised of it and the object's maximum allow it.
+// countWired counts f more wired frames, a page, if the budget, what is promised of it and the maxima of object and account allow it.
 func (o *Object) countWired(f int64) bool {
 	v, r := o.vm, &o.room
 	budget := v.frames.Budget() / frameSize
 	wired, promised, more := o.chargeWired(f)
 	fits := promised <= budget-unpromised(budget, f) || more == 0
-	if fits && (r.max == 0 || wired <= r.max-minResidentMax/2*f) {
+	if fits && (r.max == 0 || wired <= r.max-minResidentMax/2*f) && o.account.mayWire(f) {
 		return true
 	}
 	o.uncountWired(f)
@@ -322,12 +350,14 @@ func (o *Object) chargeWired(f int64) (wired, promised, more int64) {
 	wired = o.room.wired.Add(f)
 	more = o.room.promised(wired) - o.room.promised(wired-f)
 	o.vm.wired.Add(f)
+	o.account.addWired(f)
 	return wired, o.vm.guaranteed.promised.Add(more), more
 }
 
 func (o *Object) uncountWired(f int64) {
 	wired := o.room.wired.Add(-f)
 	o.vm.wired.Add(-f)
+	o.account.addWired(-f)
 	o.vm.guaranteed.promised.Add(o.room.promised(wired) - o.room.promised(wired+f))
 }
 

@@ -34,7 +34,8 @@ type Task struct {
 	pending []uffd.Msg // guarded by drainMu: read, not yet served
 	msgs    []uffd.Msg // guarded by drainMu: what read(2) writes to
 
-	wired atomic.Int64 // frames that its mappings have wired, each mapping's for itself
+	wired    atomic.Int64 // frames that its mappings have wired, each mapping's for itself
+	requests atomic.Int64 // data requests that are out for its mappings
 
 	stats taskCounters
 }

@@ -52,6 +52,9 @@ const (
 
 	// MaxRequests is how many data requests may be outstanding for one object.
 	MaxRequests = 64
+
+	// DefaultTaskFaults is how many may be outstanding for the faults of one task, unless Options say otherwise.
+	DefaultTaskFaults = 256
 )
 
 // Table is memory for a page table, one word per page: it must outlive the process (an arena).
@@ -74,6 +77,8 @@ type Options struct {
 	EndPatience time.Duration
 	// TaskWired is how much of what can be wired one task may wire, in percent; 0: 75. The rest is for others.
 	TaskWired int
+	// TaskFaults is how many data requests may be out at once for the faults of one task, beside MaxRequests for each object; others wait. 0: DefaultTaskFaults.
+	TaskFaults int
 	// Adopting makes a vm that takes over what an earlier one left, and serves nothing before Resume: see adopt.go.
 	Adopting bool
 	// Moved is told where the pieces of a mapping are since its task has moved some of it (mremap(2)): whoever answers for ranges when this process cannot must know. It
@@ -95,6 +100,7 @@ type VM struct {
 	told        func(t *Task, mapping uint64, spans []Span) // immutable; Options.Moved
 	endPatience time.Duration                               // immutable
 	taskWired   int64                                       // immutable; percent
+	taskFaults  int64                                       // immutable
 	nextID      atomic.Uint64
 	adopting    atomic.Bool   // changed under mu
 	resumed     chan struct{} // closed when no adoption is under way
@@ -158,6 +164,12 @@ func New(o Options) (*VM, error) {
 	if o.TaskWired == 0 {
 		o.TaskWired = 75
 	}
+	if o.TaskFaults == 0 {
+		o.TaskFaults = DefaultTaskFaults
+	}
+	if o.TaskFaults < 0 {
+		return nil, fmt.Errorf("new vm: %d data requests of a task at once: %w", o.TaskFaults, emm.InvalidArgument)
+	}
 	if o.TaskWired < 0 || o.TaskWired > 100 || o.EndPatience < 0 {
 		return nil, fmt.Errorf("new vm: a task may wire %d percent, an end waits %v: %w", o.TaskWired, o.EndPatience, emm.InvalidArgument)
 	}
@@ -167,7 +179,7 @@ func New(o Options) (*VM, error) {
 	}
 	v := &VM{frames: o.Frames, newTable: o.NewTable, log: o.Log, zero: zero, bufs: newBufferPool(o.MaxReturn),
 		objects: map[uint64]*Object{}, tasks: map[uint64]*Task{}, kick: make(chan struct{}, 1), told: o.Moved, resumed: make(chan struct{}),
-		endPatience: o.EndPatience, taskWired: int64(o.TaskWired)}
+		endPatience: o.EndPatience, taskWired: int64(o.TaskWired), taskFaults: int64(o.TaskFaults)}
 	if v.policy, err = policy.New(o.Policy, policy.Options{Capacity: max(1, o.Frames.Budget()/frameSize)}); err != nil {
 		unmapOffHeap(zero)
 		return nil, fmt.Errorf("new vm: %w", err)
