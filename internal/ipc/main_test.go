@@ -1,6 +1,7 @@
 package ipc
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"runtime/pprof"
@@ -13,11 +14,14 @@ import (
 
 // TestMain fails on what a test leaves behind, and turns a hang into stacks.
 func TestMain(m *testing.M) {
-	time.AfterFunc(3*time.Minute, func() {
-		pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
-		fmt.Fprintln(os.Stderr, "watchdog: the tests hang")
-		os.Exit(3)
-	})
+	flag.Parse()
+	if f := flag.Lookup("test.fuzz"); f.Value.String() == "" { // fuzzing takes as long as it is told to, and notices a hang itself
+		time.AfterFunc(3*time.Minute, func() {
+			pprof.Lookup("goroutine").WriteTo(os.Stderr, 2)
+			fmt.Fprintln(os.Stderr, "watchdog: the tests hang")
+			os.Exit(3)
+		})
+	}
 	code := m.Run()
 	if code == 0 {
 		if err := goleak.Find(); err != nil {
