@@ -266,7 +266,9 @@ func TestHostile(t *testing.T) {
 			socket, k := pagerAt(t, pagerOptions{Resident: 16 << 20})
 			b := newBystander(t, socket)
 			b.check("nothing")
-			standbyOf(t, k.cmd.Process.Pid)
+			if err := settledStandby(k.cmd.Process.Pid); err != nil {
+				t.Fatal(err)
+			}
 			family := descendants(k.cmd.Process.Pid)
 			before := make([]holdings, len(family))
 			for i, pid := range family {

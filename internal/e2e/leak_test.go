@@ -44,9 +44,9 @@ func cycles(ctx context.Context, c *conn, p *region.Pager, arg cyclesArg) error 
 			return err
 		}
 	}
-	for end := time.Now().Add(5 * time.Second); arg.Socket == "" && len(pagersOf(os.Getpid())) < 2; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			return errors.New("no pager stands by")
+	if arg.Socket == "" {
+		if err := settledStandby(os.Getpid()); err != nil {
+			return err
 		}
 	}
 	family := append([]int{os.Getpid()}, descendants(os.Getpid())...)
@@ -138,7 +138,9 @@ func TestNoLeaksInPager(t *testing.T) {
 	for range 10 { // threads and whatever else is made once
 		once()
 	}
-	standbyOf(t, k.cmd.Process.Pid)
+	if err := settledStandby(k.cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
 	family := descendants(k.cmd.Process.Pid)
 	time.Sleep(200 * time.Millisecond)
 	before := make([]holdings, len(family))

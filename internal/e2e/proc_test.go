@@ -120,6 +120,25 @@ func standbyOf(t testing.TB, pid int) int {
 	return pids[1]
 }
 
+// settledStandby waits for the pager that stands by, and until it has opened all that it opens: who counts what processes hold must not count one that has just begun.
+func settledStandby(pid int) error {
+	var last holdings
+	for end, same := time.Now().Add(10*time.Second), 0; same < 20; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			return fmt.Errorf("no pager stands by below process %d, or it opens and closes without end: %+v", pid, last)
+		}
+		pids := pagersOf(pid)
+		if len(pids) != 2 {
+			continue
+		}
+		now := holdingsOf(pids[1])
+		if same++; now != last {
+			last, same = now, 0
+		}
+	}
+	return nil
+}
+
 // eventually waits for cond.
 func eventually(t testing.TB, limit time.Duration, what string, cond func() bool) {
 	t.Helper()

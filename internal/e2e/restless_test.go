@@ -184,7 +184,9 @@ func runRestless(t *testing.T, rng *rand.Rand, s shape, o pagerOptions, d time.D
 	}
 	socket, guard := pagerAt(t, o)
 	v := &restless{t: t, guard: guard, stop: make(chan struct{})}
-	standbyOf(t, guard.cmd.Process.Pid)
+	if err := settledStandby(guard.cmd.Process.Pid); err != nil {
+		t.Fatal(err)
+	}
 	before := holdingsOf(guard.cmd.Process.Pid)
 	over := watchBudget(t, socket, o.Resident)
 	ch := startFor(t, "churner", d+patience, nil)
