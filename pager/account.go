@@ -10,7 +10,7 @@ import (
 
 // Account bounds the paging space that the objects of one owner take together. A return that would need more is refused as a whole, with ResourceShortage: the pages stay where they are, dirty. What
 // is stored in place of older contents, and zeros, need none. Returns that are under way at the same time may together go beyond, by what the vm lends. A page that several
-// snapshots share counts for each.
+// snapshots share counts for each, and a snapshot for which there is no room is refused: so what is stored in place of it later has its room already.
 type Account struct {
 	owner string // immutable; for the log
 	max   int64  // immutable; slots
@@ -50,6 +50,13 @@ func (a *Account) add(p *Pager, n int64) {
 	}
 }
 
+// account is what an object that is still to come is to count for; nil: nothing.
+func (p *Pager) account(port emm.Port) *Account {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.charges[port]
+}
+
 // Charge has the object of this port count for an account, from now on and for ever; of one that the pager does not have yet (it is taken over at its first page-out) from then on. nil
 // forgets one that never came.
 func (p *Pager) Charge(port emm.Port, a *Account) {
@@ -70,7 +77,7 @@ func (p *Pager) Charge(port emm.Port, a *Account) {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if o.account.CompareAndSwap(nil, a) {
+	if !o.gone && o.account.CompareAndSwap(nil, a) {
 		a.add(p, o.stored*int64(o.unit))
 	}
 }

@@ -244,7 +244,8 @@ func (p *Pager) publish(o *object) error {
 	p.step("pager.mapped")
 	if a := p.charges[o.port]; a != nil {
 		delete(p.charges, o.port)
-		o.account.Store(a) // nothing is stored yet
+		o.account.Store(a)
+		a.add(p, o.stored*int64(o.unit)) // of a snapshot; nobody else has the object yet
 	}
 	p.table.put(o.id, o.entry)
 	p.objects[o.port] = o

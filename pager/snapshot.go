@@ -46,7 +46,10 @@ func (p *Pager) snapshot(source, port emm.Port) error {
 		return err
 	}
 	p.step("snapshot.reserved")
-	if err = o.copyTo(c); err == nil {
+	if err = o.copyTo(c); err == nil && !p.account(port).room(p, c.stored*int64(c.unit)) {
+		err = errQuota
+	}
+	if err == nil {
 		p.step("snapshot.copied")
 		p.mu.Lock()
 		err = p.publish(c)

@@ -52,11 +52,12 @@ func (d *Daemon) snapshot(ctx context.Context, o *object, user uint32) (*object,
 	}
 	c := &object{port: emm.NewPort(), own: true, cluster: o.cluster}
 	c.size.Store(size)
+	d.charge(account, c.port)
 	if err := o.vm.Snapshot(ctx, func(port emm.Port) error { return d.pager.Snapshot(port, c.port) }); err != nil {
+		d.discharge(c.port)
 		return nil, err
 	}
 	failpoint.Here("daemon.snapshot.shared")
-	d.charge(account, c.port)
 	if c.vm, err = d.vm.NewObject(vm.ObjectOptions{Size: size, PageSize: o.vm.PageSize(), ClusterSize: c.cluster, Port: c.port, Manager: d.pager, Account: account.vm}); err != nil {
 		d.endManager(c, c.port)
 		return nil, err

@@ -55,7 +55,7 @@ type Replacement interface {
 	// Victims appends to dst runs of at least want frames to be evicted, if that many are resident, and returns it. They are resident no more. It may be more
 	// by what belongs to the last run, at most MaxUnit frames. It holds the mutex for up to 0.3 us per unit: ask for no more than some hundred frames.
 	Victims(want int64, dst []Run) []Run
-	// Next appends to dst runs of at least want frames, if that many are resident, that would be victims one after the other if nothing else happened, and returns it. They stay
+	// Next appends to dst runs of at least want frames, if that many are resident and no more than some thousand units must be looked at, that would be victims one after the other if nothing else happened, and returns it. They stay
 	// what they are. It is a forecast: neighbours that would go along with a victim are where their own turn is. It holds the mutex for up to 0.1 us per unit.
 	Next(want int64, dst []Run) []Run
 	// Keep says that r, in units of so many frames, was a victim but could not be evicted: it is resident again, at the end of the queue it came from. Unless there

@@ -99,7 +99,7 @@ func (q *queues) Next(want int64, dst []Run) []Run {
 	q.lock()
 	defer q.mu.Unlock()
 	ahead := q.queues // the same lists; the heads go on in the copy
-	for last := -1; want > 0; {
+	for last, looked := -1, 0; want > 0 && looked < 4*maxHold; looked++ {
 		i := ahead[coldQueue].head
 		if i == 0 {
 			if i, _ = q.oldest(&ahead); i == 0 {

@@ -205,3 +205,40 @@ func TestTaskFaults(t *testing.T) {
 		t.Errorf("%d are counted when all are answered", n)
 	}
 }
+
+// Faults that wait for room under their own owner's maximum take nothing of others.
+func TestAccountAlone(t *testing.T) {
+	v := newVM(t, 64<<20)
+	const ps = 2 << 20
+	a, err := NewAccount(8 * ps)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &overfull{}
+	s.full.Store(true)
+	o := newObject(t, v, ObjectOptions{Size: 64 << 20, PageSize: ps, Manager: s, Port: emm.NewPort(), Account: a})
+	other := newObject(t, v, ObjectOptions{Size: 40 << 20, Manager: &shelf{}, Port: emm.NewPort()})
+	y := startTask(t, v)
+	y.mapObject(other, 1, 0, other.Size(), false)
+	for off := int64(0); off < other.Size(); off += 64 << 10 {
+		y.write(1, off, fillBytes(64<<10, 1))
+	}
+	before := other.Stats().Resident
+	for i := range int64(8) {
+		x := startTask(t, v)
+		x.mapObject(o, 1, 0, o.Size(), false)
+		if i == 0 {
+			for p := range int64(8) {
+				x.write(1, p*ps, []byte{1})
+			}
+		}
+		go x.write(1, (8+i)*ps, []byte{1})
+	}
+	time.Sleep(2 * time.Second)
+	after := other.Stats().Resident
+	if after < before {
+		t.Errorf("the other's object had %d pages resident, now %d", before, after)
+	}
+	s.full.Store(false)
+	time.Sleep(time.Second)
+}

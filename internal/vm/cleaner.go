@@ -140,11 +140,14 @@ func (o *Object) goWhenStored(p int64) bool {
 	defer o.reqMu.Unlock()
 	for _, d := range o.returns {
 		if d.op.ahead && d.a <= p && p < d.b {
+			if o.stalled.Load() || time.Since(d.start) > stalledAfter {
+				return false // nobody believes any more that it will be completed
+			}
 			if d.victims == nil {
 				d.victims = make([]bool, d.b-d.a)
 				d.n, d.counted = 0, true
 			}
-			if !d.counted { // nobody believes any more that it will be completed
+			if !d.counted { // as above
 				return false
 			}
 			f := int64(o.framesOf(1))

@@ -124,3 +124,50 @@ func TestVictimWhileCleaned(t *testing.T) {
 		o.failing().works(o)
 	}
 }
+
+// A victim that is being cleaned stays if its object would fall below its minimum by that.
+func TestCleanedKeepsMinimum(t *testing.T) {
+	v := newVM(t, 4<<20)
+	s := &holder{held: make(chan func(), 4)}
+	s.hold.Store(true)
+	o := newObject(t, v, ObjectOptions{Size: 64 << 10, ResidentMin: 16 << 10, Manager: s, Port: emm.NewPort()})
+	x := startTask(t, v)
+	x.mapObject(o, 1, 0, o.Size(), false)
+	for p := range 5 {
+		x.write(1, int64(p)*4096, []byte{1})
+	}
+	o.cleanRun(0, 1) // 5 resident, minimum 4: spares(1)
+	o.cleanRun(1, 5)
+	for _, r := range v.policy.Victims(100, nil) {
+		o.evict(r.First, r.First+r.N, false)
+	}
+	for len(s.held) > 0 {
+		(<-s.held)()
+	}
+	if n := o.resident.Load(); n < o.room.min {
+		t.Errorf("%d frames resident, minimum %d", n, o.room.min)
+	}
+}
+
+// A victim that is being cleaned stays while its thread holds the token for it.
+func TestCleanedKeepsToken(t *testing.T) {
+	v := newVM(t, 4<<20)
+	s := &holder{held: make(chan func(), 4)}
+	s.hold.Store(true)
+	o := newObject(t, v, ObjectOptions{Size: 64 << 10, Manager: s, Port: emm.NewPort()})
+	x := startTask(t, v)
+	m := x.mapObject(o, 1, 0, o.Size(), false)
+	x.write(1, 0, []byte{1})
+	o.cleanRun(0, 1)
+	v.token.pressed()
+	v.token.asks(m.task, 1, time.Now())
+	v.token.got(m.task, 1, o, 0)
+	if !v.token.holds(o, 0) {
+		t.Fatal("not held")
+	}
+	begun := o.evict(0, 1, false)
+	(<-s.held)()
+	if w := o.word(0); !w.Resident() {
+		t.Errorf("a page that the token holds was evicted: %v, begun %d", w, begun)
+	}
+}

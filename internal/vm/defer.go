@@ -9,9 +9,10 @@ import (
 
 // deferredFault is a fault that found no frame, or too many requests outstanding. The page is nobody's meanwhile.
 type deferredFault struct {
-	m *Mapping
-	p int64
-	f faulter
+	m      *Mapping
+	p      int64
+	f      faulter
+	wanted int64 // frames that are to be made free for it, whoever has them; 0: it is not for want of them that it waits, but of room under a maximum of its own, or of a request
 }
 
 // waiting is a thread that waits for a page.
@@ -25,6 +26,10 @@ type waiting struct {
 // again: that is the same fault, and has waited since its first message.
 func (v *VM) deferFault(m *Mapping, p int64, f faulter) {
 	v.counters.deferred.Add(1)
+	n := int64(m.obj.framesOf(1))
+	if !m.obj.roomFor(n) || v.freeFrames() >= n+v.lastFrames() {
+		n = 0 // others need not give theirs
+	}
 	k := waiting{m, p, f.tid}
 	v.deferMu.Lock()
 	if i, ok := v.deferAt[k]; ok {
@@ -40,8 +45,8 @@ func (v *VM) deferFault(m *Mapping, p int64, f faulter) {
 			v.deferAt = map[waiting]int{}
 		}
 		v.deferAt[k] = len(v.deferred)
-		v.deferred = append(v.deferred, deferredFault{m, p, f})
-		v.wanted.Add(int64(m.obj.framesOf(1)))
+		v.deferred = append(v.deferred, deferredFault{m, p, f, n})
+		v.wanted.Add(n)
 	}
 	v.starving.Store(true)
 	v.deferMu.Unlock()
@@ -74,7 +79,7 @@ func (v *VM) retryDeferred(stuck bool) {
 	clear(v.deferAt)
 	v.starving.Store(false)
 	for _, d := range faults {
-		v.wanted.Add(-int64(d.m.obj.framesOf(1)))
+		v.wanted.Add(-d.wanted)
 	}
 	v.deferMu.Unlock()
 	failed := map[waiting]bool{}     // tid 0
@@ -149,7 +154,7 @@ func (v *VM) undefer(m *Mapping, p int64) {
 	clear(v.deferAt)
 	for _, d := range v.deferred {
 		if d.m == m && d.p == p {
-			v.wanted.Add(-int64(m.obj.framesOf(1)))
+			v.wanted.Add(-d.wanted)
 			continue
 		}
 		v.deferAt[waiting{d.m, d.p, d.f.tid}] = len(keep)

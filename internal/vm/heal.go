@@ -116,6 +116,10 @@ func (v *VM) heal(k healKey) {
 	if v.freeFrames() < int64(o.framesOf(1)) {
 		return // later: nobody waits
 	}
+	if f := int64(o.framesOf(1)); !o.roomFor(f) {
+		o.lackRoom(f)
+		return
+	}
 	for _, m := range *o.maps.Load() {
 		if m.task == nil || !m.has(k.p) || m.addr(k.p, k.p+1) == 0 || !m.gate.enter() {
 			continue

@@ -128,8 +128,11 @@ func (m *Mapping) populateRun(ctx context.Context, a, b int64, write bool) error
 		if (absent > 0 || short) && time.Since(began) > shortageAfter {
 			return emm.ResourceShortage
 		}
-		if short {
+		switch {
+		case short && o.roomFor(int64(o.framesOf(1))):
 			o.vm.reclaimFor(ctx, int64(o.framesOf(b-a)))
+		case short:
+			o.vm.kickNow() // it is the object's maximum, or its account's: others need not give anything
 		}
 		select {
 		case <-ctx.Done():
@@ -164,6 +167,11 @@ func (m *Mapping) askRun(p, b int64, asked *asking, k mark) int64 {
 		if eff&(page.ContinueWP|page.ContinueWrite) != 0 {
 			o.end(p, page.Granted) // it was filled in between: nothing was done under Busy
 		}
+		return 0
+	}
+	if p >= o.limit.Load() { // it has shrunk meanwhile; who shrinks sets the limit first, and waits for what is Requested
+		o.release(1)
+		o.end(p, page.Abandon)
 		return 0
 	}
 	end := p + 1

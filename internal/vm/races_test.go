@@ -59,7 +59,7 @@ func TestDeferredFaultsOfOneThread(t *testing.T) {
 	v.token.pressed()
 	v.deferMu.Lock()
 	for p := range int64(3) {
-		v.deferred = append(v.deferred, deferredFault{m, p, faulter{ev: page.FaultRead, tid: 7, start: time.Now()}})
+		v.deferred = append(v.deferred, deferredFault{m: m, p: p, f: faulter{ev: page.FaultRead, tid: 7, start: time.Now()}, wanted: 1})
 		v.wanted.Add(1)
 	}
 	v.deferMu.Unlock()

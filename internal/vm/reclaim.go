@@ -168,7 +168,7 @@ func (o *Object) evict(a, b int64, clean bool) int64 {
 			end++
 		}
 		if end == p {
-			if o.goWhenStored(p) {
+			if o.spares(1) && !o.vm.token.holds(o, p) && o.goWhenStored(p) {
 				begun += int64(o.framesOf(1))
 			} else {
 				o.keep(p, p+1)

@@ -75,6 +75,10 @@ func (o *Object) extend(p, lo, hi int64) (a, b int64) {
 	for a > lo && take(a-1) {
 		a--
 	}
+	if end := max(p+1, o.limit.Load()); end < b { // it has shrunk meanwhile; who shrinks sets the limit first, and waits for what is Requested
+		o.abandon(end, b)
+		b = end
+	}
 	o.release(got)
 	return a, b
 }

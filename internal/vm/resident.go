@@ -129,6 +129,25 @@ func (o *Object) most() int64 {
 	return n
 }
 
+// roomFor reports whether f more frames fit under the maxima of object and account.
+func (o *Object) roomFor(f int64) bool {
+	a := o.account
+	return (o.room.max == 0 || o.resident.Load()+f <= o.room.max) && (a == nil || a.used.Load()+f <= a.max)
+}
+
+// lackRoom has the page-out daemon make room for f frames under the maxima, for who asks again later.
+func (o *Object) lackRoom(f int64) {
+	if a := o.account; a != nil && a.used.Load()+f > a.max {
+		a.lack.Add(f)
+		a.crowd(o.vm)
+	}
+	if o.room.max != 0 && o.resident.Load()+f > o.room.max {
+		o.room.lack.Add(f)
+		o.vm.crowded.Store(true)
+	}
+	o.vm.kickNow()
+}
+
 // admit takes room under the account's and the object's maximum for up to n pages, and returns for how many.
 func (o *Object) admit(n int64) int64 {
 	f := int64(o.framesOf(1))

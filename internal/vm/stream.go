@@ -116,16 +116,12 @@ func (m *Mapping) goOn(p int64, w policy.Window, depth int64) {
 		if o.word(a).State() != page.Absent {
 			continue
 		}
-		f := int64(o.framesOf(n))
-		o.vm.wanted.Add(f) // the page-out daemon makes room at once
 		select {
 		case o.vm.aheadJobs <- aheadJob{m, a, k}:
 		default:
-			o.vm.wanted.Add(-f)
 			return
 		}
 	}
-	o.vm.lackFrames()
 }
 
 // readAhead brings in what goOn has asked for.
@@ -144,6 +140,7 @@ func (j aheadJob) bring() {
 	m, o := j.m, j.m.obj
 	n := o.extentPages()
 	f := int64(o.framesOf(n))
+	o.vm.wanted.Add(f) // here, not when it is asked for: no more than the workers can bring in is made room for
 	defer o.vm.wanted.Add(-f)
 	if !m.gate.enter() {
 		return

@@ -2,12 +2,14 @@ package vm
 
 import (
 	"bytes"
+	"context"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"machpager/internal/vm/page"
 	"machpager/pager/emm"
 )
 
@@ -134,4 +136,60 @@ func TestStreamEnds(t *testing.T) {
 			t.Errorf("%d frames are wanted by nobody", n)
 		}
 	}
+}
+
+// An extent that waits to be brought in when the object shrinks is not brought in.
+func TestStreamShrinks(t *testing.T) {
+	v := newVM(t, 32<<20)
+	s := &library{}
+	o := newObject(t, v, ObjectOptions{Size: 16 << 20, Manager: s, Port: emm.NewPort()})
+	x := startTask(t, v)
+	m := x.mapObject(o, 1, 0, o.Size(), false)
+	first := int64(4 * 512)
+	j := aheadJob{m, first, markAt(first, 1)}
+	if err := o.SetSize(context.Background(), 4<<20); err != nil {
+		t.Fatal(err)
+	}
+	j.bring()
+	if st := o.word(first).State(); st != page.Absent {
+		t.Errorf("page %d beyond the limit of %d pages is %v", first, o.limit.Load(), st)
+	}
+}
+
+// Extents that wait while a manager takes its time make nobody give up his pages: room is made for those that are being brought in alone.
+func TestStreamsWait(t *testing.T) {
+	v := newVM(t, 64<<20)
+	s := &stuckManager{gate: make(chan struct{})}
+	o := newObject(t, v, ObjectOptions{Size: 256 << 20, Manager: s, Port: emm.NewPort()})
+	other := newObject(t, v, ObjectOptions{Size: 56 << 20, Manager: &shelf{}, Port: emm.NewPort()})
+	x := startTask(t, v)
+	x.mapObject(other, 1, 0, other.Size(), false)
+	for off := int64(0); off < other.Size(); off += 64 << 10 {
+		x.write(1, off, fillBytes(64<<10, 1))
+	}
+	before := other.Stats().Resident
+	m := x.mapObject(o, 2, 0, o.Size(), false)
+	for i := range int64(40) {
+		select {
+		case v.aheadJobs <- aheadJob{m, i * 512, markAt(i*512, 1)}:
+		default:
+		}
+	}
+	v.kickNow()
+	time.Sleep(time.Second)
+	if now := other.Stats().Resident; now < before-(streamWorkers+1)*512 {
+		t.Errorf("another object has %d pages resident, of %d before", now, before)
+	}
+	close(s.gate)
+}
+
+// stuckManager answers in the call, when the gate is open.
+type stuckManager struct {
+	library
+	gate chan struct{}
+}
+
+func (s *stuckManager) DataRequest(h emm.Head, want emm.Run, need int64, access emm.Prot) emm.KernReturn {
+	<-s.gate
+	return s.library.DataRequest(h, want, need, access)
 }
