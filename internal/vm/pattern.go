@@ -63,6 +63,9 @@ func (m *Mapping) ahead(p int64, f faulter) (a, b int64, stream bool) {
 	if n := o.attrs.Load().ClusterSize; n != 0 {
 		limit = min(limit, max(1, n>>o.shift))
 	}
+	if m.task.yields(f.start) {
+		limit = min(limit, max(1, o.extentPages()/lightAhead))
+	}
 	if o.cluster != 0 {
 		c := o.cluster
 		for c > limit {

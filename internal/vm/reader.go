@@ -19,6 +19,7 @@ func (t *Task) read() {
 	fds := []unix.PollFd{{Fd: int32(t.fd.Fd()), Events: unix.POLLIN}, {Fd: int32(t.stop), Events: unix.POLLIN}}
 	batch := make([]uffd.Msg, 0, 128)
 	place := newPlacement(t.pid)
+	t.slice.begin()
 	idle := 0
 	for !t.ended.Load() {
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
@@ -47,6 +48,7 @@ func (t *Task) read() {
 			idle = 0
 			t.serving.Store(true)
 			start := time.Now()
+			t.turn(start)
 			for i := range batch {
 				t.message(&batch[i], start)
 				place.fault(batch[i].ThreadID())

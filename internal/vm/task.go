@@ -22,6 +22,7 @@ type Task struct {
 	gate    *gate
 	begun   atomic.Bool // the reader was started, or never will be
 	ended   atomic.Bool
+	slice   slice                      // the reader's own
 	serving atomic.Bool                // the reader is in a batch: what it has answered may not be counted yet
 	done    chan struct{}              // closed when the reader has ended
 	spans   atomic.Pointer[[]taskSpan] // by address; copied on write

@@ -126,6 +126,7 @@ type VM struct {
 	wired    atomic.Int64 // frames of wired pages
 	inflight atomic.Int64 // frames of victims that managers have not stored yet
 	crowded  atomic.Bool  // an object is near its maximum
+	light    lightFault   // see slice.go
 
 	aheadJobs chan aheadJob
 	cleaner   cleaner
