@@ -101,7 +101,10 @@ func (v *VM) retryDeferred(stuck bool) {
 			if turn[i] != pass || !d.m.gate.enter() { // a mapping that is gone: its threads are too
 				continue
 			}
-			if (stuck || d.m.obj.room.full.Load() || d.m.obj.account.isFull()) && time.Since(d.f.start) > shortageAfter {
+			if d.m.mustWait(d.p) { // for an answer, which tells the daemon
+				d.f.retry = true
+				v.deferFault(d.m, d.p, d.f)
+			} else if (stuck || d.m.obj.room.full.Load() || d.m.obj.account.isFull()) && time.Since(d.f.start) > shortageAfter {
 				if v.shortage(d) {
 					failed[waiting{d.m, d.p, 0}] = true
 				}
@@ -112,6 +115,19 @@ func (v *VM) retryDeferred(stuck bool) {
 			d.m.gate.leave()
 		}
 	}
+}
+
+// mustWait reports whether a fault on page p can only be put aside again: its manager is to be asked, and has as many requests as may be out. Trying would take a frame and give it
+// back, which wakes the daemon: with a manager that never answers it would do nothing else.
+func (m *Mapping) mustWait(p int64) bool {
+	o := m.obj
+	if o.word(p).State() != page.Absent || o.binding.Load() == nil || o.control.destroyed.Load() || p >= o.limit.Load() {
+		return false
+	}
+	o.reqMu.Lock()
+	full := len(o.requests) >= MaxRequests
+	o.reqMu.Unlock()
+	return full || m.task != nil && m.task.requests.Load() >= o.vm.taskFaults
 }
 
 // shortage answers a fault for which there is no frame to be had, as a data_error would: who touches the page later asks again, and so does the vm. It reports
