@@ -94,7 +94,7 @@ func (m *Mapping) goOn(p int64, w policy.Window, depth int64) {
 	if down {
 		next = w.First
 	}
-	if n == 1 || 2*w.N < n || next&(n-1) != 0 || !o.vm.frames.Extents() || o.binding.Load() == nil {
+	if n == 1 || 2*w.N < n || next&(n-1) != 0 || !o.vm.frames.Extents() || o.binding.Load() == nil || m.task.yields(time.Now()) {
 		return
 	}
 	if c := o.attrs.Load().ClusterSize; c != 0 && c>>o.shift < n || o.cluster != 0 {
