@@ -287,13 +287,14 @@ func TestFair(t *testing.T) {
 		begin func() (end func())
 	}{{"alone", func() func() { return func() {} }}, {"computing", toggled(hog)}, {"greedy", toggled(greedy)}, {"stuck", stuck(false)}, {"stopped", stuck(true)}}
 	unfair := func() (list []string) {
-		most := 3 * max(got.p("alone", 0.99), got.p("computing", 0.99))
+		// Three times 0.2 ms is less than one turn of anybody else's on a machine that tests share. What this is about, waiting for the tick of the clock, takes 4 ms and more.
+		most := max(3*max(got.p("alone", 0.99), got.p("computing", 0.99)), 2*time.Millisecond)
 		for _, b := range besides[2:] {
 			if x := got.p(b.name, 0.99); x > most {
 				list = append(list, fmt.Sprintf("beside a %s one p99 is %v, want at most %v", b.name, x, most))
 			}
 		}
-		if x, most := got.p("greedy", 0.5), 3*got.p("alone", 0.5); x > most {
+		if x, most := got.p("greedy", 0.5), max(3*got.p("alone", 0.5), 100*time.Microsecond); x > most {
 			list = append(list, fmt.Sprintf("beside a greedy one half of its operations took %v and more, want at most %v", x, most))
 		}
 		return list
